@@ -1,0 +1,322 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
+
+import copy
+from math import comb
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import DeepseekV2Config
+
+# The official implementation writes this `model_type`; its configurations are read as they are.
+OFFICIAL_MODEL_TYPE = "coe_deepseekv2"
+
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+
+ResidualRule = Literal["inner", "outer", "both", "init", "prenorm", "none"]
+
+
+@strict
+class CoeConfig(DeepseekV2Config):
+    r"""
+    Configuration of a Chain-of-Experts model: a DeepSeek-V2 decoder whose sparse layers route each token `inner_iter`
+    times, in sequence, through one set of experts.
+
+    With `x_0 = post_attention_layernorm(h)` and `y_t` the output of iteration `t` (routed plus shared experts on
+    `x_t`), the residual flags choose one of these rules:
+
+    | `residual_rule` | `x_{t+1}` | layer output | flags | source |
+    | --- | --- | --- | --- | --- |
+    | `"inner"` (default) | `x_t + y_t` | `x_C` | `inner_residual` | eq. 5-6 |
+    | `"outer"` | `y_t` | `h + x_C` | `outer_residual` | eq. 9 |
+    | `"both"` | `x_t + y_t` | `h + x_C` | `inner_residual`, `outer_residual` | official code |
+    | `"init"` | `x_0 + y_t` | `x_C` | `init_residual` | eq. 10 |
+    | `"prenorm"` | `x_t + y_t` | `h + y_0 + ... + y_{C-1}` | `inner_residual`, `prenorm_residual` | pre-norm stream |
+    | `"none"` | `y_t` | `x_C` | none | official code |
+
+    Every other combination raises. Under `"inner"`, `"init"` and `"none"` the un-normalised stream `h` does not reach
+    the next layer: this is what the paper's code computes, with one iteration too. `"prenorm"` with `inner_iter=1` is
+    exactly a DeepSeek-V2 layer.
+
+    Fields that are not listed keep the meaning they have in [`DeepseekV2Config`]. All names of the official
+    `config.json` are kept, so one loads unchanged, also with `model_type: coe_deepseekv2` and with the older
+    `rope_scaling` and `rope_theta` keys.
+
+    Args:
+        inner_iter (`int`, defaults to 2):
+            Number of iterations C of the chain in every sparse layer.
+        inner_residual (`bool`, defaults to `True`):
+            Add each iteration's own input to its output.
+        outer_residual (`bool`, defaults to `False`):
+            Add the layer's un-normalised input once, after the last iteration.
+        init_residual (`bool`, defaults to `False`):
+            Add the normalised input of the chain, `x_0`, to each iteration's output. Excludes the other three flags.
+        prenorm_residual (`bool`, defaults to `False`):
+            Keep the pre-norm residual stream: the layer adds all iterations' outputs to its un-normalised input.
+            Needs `inner_residual` and excludes the other two flags.
+        use_igate (`bool`, defaults to `True`):
+            One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
+        n_routed_experts (`int`, *optional*, defaults to 64):
+            Number of routed experts N of a sparse layer. `None` makes every layer dense.
+        n_shared_experts (`int`, *optional*, defaults to 1):
+            Number of experts that see every token at every iteration, fused into one MLP of width
+            `n_shared_experts * moe_intermediate_size`. `None` or 0 for none.
+        num_experts_per_tok (`int`, defaults to 4):
+            Number of routed experts K chosen per token **and iteration**.
+        moe_intermediate_size (`int`, defaults to 1407):
+            Width of one expert.
+        first_k_dense_replace (`int`, defaults to 0):
+            The first this many layers are plain dense DeepSeek-V2 layers.
+        moe_layer_freq (`int`, defaults to 1):
+            Layers whose index is not a multiple of this are dense too.
+        scoring_func (`str`, defaults to `"softmax"`):
+            `"softmax"` (DeepSeek-V2) or `"sigmoid"` (DeepSeek-V3).
+        topk_method (`str`, defaults to `"greedy"`):
+            `"greedy"`: the K best scores. `"group_limited_greedy"` (DeepSeek-V2): only experts of the `topk_group`
+            groups with the best single expert. `"noaux_tc"` (DeepSeek-V3): a selection bias per expert is added to
+            the scores that choose (not to those that weigh), and the groups with the best two experts are kept.
+        n_group (`int`, *optional*, defaults to 1):
+            Number of equal groups the experts are split into. Read by the group-limited methods only.
+        topk_group (`int`, *optional*, defaults to 1):
+            Number of groups a token may choose from.
+        norm_topk_prob (`bool`, defaults to `False`):
+            Divide the K weights by their sum (with K > 1).
+        routed_scaling_factor (`float`, defaults to 1.0):
+            Factor on the routing weights. As in the official code, it is not applied to weights that `norm_topk_prob`
+            has normalised; with `scoring_func="sigmoid"` it always is, as in DeepSeek-V3.
+        aux_loss_alpha (`float`, defaults to 0.001):
+            Coefficient of the load-balancing loss of each iteration of each sparse layer, added to the loss in
+            training. 0 turns it off. `router_aux_loss_coef` is an alias.
+        seq_aux (`bool`, defaults to `True`):
+            Balance the experts within each sequence; `False` balances them over the batch.
+        router_z_loss_coef (`float`, defaults to 0.0):
+            Coefficient of the router z-loss (mean squared log-partition of the router logits) in training.
+        num_key_value_heads (`int`, *optional*):
+            Multi-head latent attention has one latent for all heads, so this has no effect: it is set to
+            `num_attention_heads` whatever is passed.
+
+    ```python
+    >>> from configuration_coe import CoeConfig
+
+    >>> chain = CoeConfig(n_routed_experts=64, num_experts_per_tok=4, inner_iter=2)
+    >>> single = CoeConfig(n_routed_experts=64, num_experts_per_tok=8, inner_iter=1)
+    >>> chain.residual_rule
+    'inner'
+    >>> round(chain.expert_combinations / single.expert_combinations, 1)
+    91.2
+    ```
+    """
+
+    model_type = "coe"
+    attribute_map = {
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "router_aux_loss_coef": "aux_loss_alpha",
+    }
+    # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
+    base_model_tp_plan = DeepseekV2Config.base_model_tp_plan.copy()
+    base_model_ep_plan = DeepseekV2Config.base_model_ep_plan.copy()
+    base_model_pp_plan = DeepseekV2Config.base_model_pp_plan.copy()
+
+    inner_iter: int = 2
+    inner_residual: bool = True
+    outer_residual: bool = False
+    init_residual: bool = False
+    prenorm_residual: bool = False
+    use_igate: bool = True
+    n_routed_experts: int | None = 64
+    n_shared_experts: int | None = 1
+    num_experts_per_tok: int | None = 4
+    moe_layer_freq: int = 1
+    scoring_func: str = "softmax"
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    routed_scaling_factor: int | float = 1.0
+    aux_loss_alpha: int | float = 0.001
+    seq_aux: bool = True
+    router_z_loss_coef: int | float = 0.0
+
+    def __post_init__(self, **kwargs):
+        model_type = kwargs.pop("model_type", self.model_type)
+        if model_type not in (self.model_type, OFFICIAL_MODEL_TYPE):
+            raise ValueError(
+                f"`model_type` is {model_type!r}, which is not a Chain-of-Experts configuration "
+                f"({self.model_type!r} or {OFFICIAL_MODEL_TYPE!r}). Load this folder with `AutoConfig` instead."
+            )
+        # The base class completes these dictionaries in place; the caller's own must stay as they are.
+        self.rope_parameters = copy.deepcopy(self.rope_parameters)
+        if "rope_scaling" in kwargs:
+            kwargs["rope_scaling"] = copy.deepcopy(kwargs["rope_scaling"])
+        self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.validate_chain()
+        self.validate_routing()
+
+    def validate_chain(self) -> None:
+        """Raises `ValueError` where the fields of the chain exclude each other. Part of `@strict` validation."""
+        _at_least(self, 1, "inner_iter", "moe_layer_freq", "moe_intermediate_size")
+        _at_least(self, 0, "first_k_dense_replace", "aux_loss_alpha", "router_z_loss_coef")
+        if self.init_residual and (self.inner_residual or self.outer_residual or self.prenorm_residual):
+            raise ValueError(
+                f"`init_residual=True` excludes the other residual flags, got {self._residual_flags()}. "
+                "Set `inner_residual`, `outer_residual` and `prenorm_residual` to False."
+            )
+        if self.prenorm_residual and (self.outer_residual or not self.inner_residual):
+            raise ValueError(
+                f"`prenorm_residual=True` already adds the layer's input and feeds each iteration its predecessor's "
+                f"sum, got {self._residual_flags()}. Set `inner_residual=True` and `outer_residual=False`."
+            )
+
+    def validate_routing(self) -> None:
+        """Raises `ValueError` where a token could not choose its K experts. Part of `@strict` validation."""
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise ValueError(f"`scoring_func` is {self.scoring_func!r}; choose one of {SCORING_FUNCTIONS}.")
+        if self.topk_method not in TOPK_METHODS:
+            raise ValueError(f"`topk_method` is {self.topk_method!r}; choose one of {TOPK_METHODS}.")
+        if self.n_shared_experts is not None:
+            _at_least(self, 0, "n_shared_experts")
+        if self.n_routed_experts is None:
+            return
+        _at_least(self, 1, "n_routed_experts", "num_experts_per_tok")
+        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
+        if top_k > experts:
+            raise ValueError(
+                f"`num_experts_per_tok` is {top_k}, but there are only `n_routed_experts={experts}` experts to choose "
+                f"from. Set it to {experts} or less."
+            )
+        if self.topk_method == "greedy":
+            return
+        groups, chosen_groups = self.n_group or 1, self.topk_group or 1
+        if groups < 1 or experts % groups:
+            raise ValueError(
+                f"`n_routed_experts={experts}` experts cannot be split into `n_group={groups}` equal groups. "
+                "Set `n_group` to a divisor."
+            )
+        if not 1 <= chosen_groups <= groups:
+            raise ValueError(f"`topk_group` is {chosen_groups}; it must lie between 1 and `n_group={groups}`.")
+        reachable = chosen_groups * (experts // groups)
+        if top_k > reachable:
+            raise ValueError(
+                f"`num_experts_per_tok` is {top_k}, but `topk_group={chosen_groups}` of `n_group={groups}` groups hold "
+                f"only {reachable} experts. Choose more groups or at most {reachable} experts."
+            )
+
+    def _residual_flags(self) -> str:
+        names = ("inner_residual", "outer_residual", "init_residual", "prenorm_residual")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    @property
+    def residual_rule(self) -> ResidualRule:
+        """Name of the residual rule that the four flags select (see the table of the class)."""
+        if self.prenorm_residual:
+            return "prenorm"
+        if self.init_residual:
+            return "init"
+        return {
+            (True, False): "inner",
+            (False, True): "outer",
+            (True, True): "both",
+            (False, False): "none",
+        }[self.inner_residual, self.outer_residual]
+
+    def is_sparse_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` holds a chain of experts rather than a dense MLP."""
+        return (
+            self.n_routed_experts is not None
+            and layer_idx >= self.first_k_dense_replace
+            and layer_idx % self.moe_layer_freq == 0
+        )
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """Number of layers that hold a chain of experts."""
+        return sum(self.is_sparse_layer(layer_idx) for layer_idx in range(self.num_hidden_layers))
+
+    @property
+    def expert_combinations(self) -> int:
+        """Number of ways in which one sparse layer can choose its experts for a token: `binomial(N, K) ** C`.
+        1 where all layers are dense."""
+        if self.n_routed_experts is None:
+            return 1
+        return comb(self.n_routed_experts, self.num_experts_per_tok) ** self.inner_iter
+
+    @property
+    def expert_flops_per_token(self) -> int:
+        """Forward floating-point operations (2 per multiply-add) that one token costs in the expert matrices, routed
+        and shared, of all sparse layers and iterations. The routers are not counted."""
+        experts_per_iteration = (self.num_experts_per_tok or 0) + (self.n_shared_experts or 0)
+        return self.num_sparse_layers * self.inner_iter * experts_per_iteration * 2 * self._expert_parameters
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters of the causal language model, tied embeddings counted once. Selection biases are
+        buffers and not counted."""
+        return self._dense_parameters + self.num_sparse_layers * (self.n_routed_experts or 0) * self._expert_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters one token can use: all but the routed experts it does not choose. A token may choose
+        an expert again in a later iteration; this counts the most it can reach, `min(N, C * K)` per layer."""
+        reached = min(self.n_routed_experts or 0, self.inner_iter * (self.num_experts_per_tok or 0))
+        return self._dense_parameters + self.num_sparse_layers * reached * self._expert_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Number of parameters of the input embedding and, where it is not tied, of the output head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def _expert_parameters(self) -> int:
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def _dense_parameters(self) -> int:
+        """All parameters but the routed experts."""
+        hidden, heads, bias = self.hidden_size, self.num_attention_heads, int(self.attention_bias)
+        kv_out = self.kv_lora_rank + self.qk_rope_head_dim
+        attention = hidden * kv_out + bias * kv_out + self.kv_lora_rank
+        attention += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        attention += heads * self.v_head_dim * hidden + bias * hidden
+        if self.q_lora_rank is None:
+            attention += hidden * heads * self.qk_head_dim
+        else:
+            attention += (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
+        mlp_bias = int(self.mlp_bias)
+
+        def mlp(width: int) -> int:
+            return 3 * hidden * width + mlp_bias * (2 * width + hidden)
+
+        routers = (self.inner_iter if self.use_igate else 1) * (self.n_routed_experts or 0) * hidden
+        shared_width = (self.n_shared_experts or 0) * self.moe_intermediate_size
+        sparse = routers + (mlp(shared_width) if shared_width else 0)
+        num_dense_layers = self.num_hidden_layers - self.num_sparse_layers
+        return (
+            self.embedding_parameters
+            + hidden
+            + self.num_hidden_layers * (attention + 2 * hidden)
+            + self.num_sparse_layers * sparse
+            + num_dense_layers * mlp(self.intermediate_size)
+        )
+
+
+def _at_least(config: CoeConfig, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None or not value >= minimum:
+            raise ValueError(f"`{name}` is {value}; it must be {minimum} or more.")
+
+
+__all__ = ["CoeConfig"]

@@ -1,0 +1,52 @@
+"""Chain-of-Experts models for transformers.
+
+`import modeling_coe` is all that is needed: the Auto classes then load, train and save Chain-of-Experts checkpoints,
+those of the official implementation included.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from configuration_coe import CoeConfig
+from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
+
+from .modeling_coe import (
+    CoeForCausalLM,
+    CoeForQuestionAnswering,
+    CoeForSequenceClassification,
+    CoeForTokenClassification,
+    CoeModel,
+    CoePreTrainedModel,
+)
+
+AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
+# `AutoConfig.register` insists on the class's own `model_type`; the official one is only ever read.
+CONFIG_MAPPING.register(OFFICIAL_MODEL_TYPE, CoeConfig, exist_ok=True)
+CoeConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, CoeModel),
+    (AutoModelForCausalLM, CoeForCausalLM),
+    (AutoModelForSequenceClassification, CoeForSequenceClassification),
+    (AutoModelForTokenClassification, CoeForTokenClassification),
+    (AutoModelForQuestionAnswering, CoeForQuestionAnswering),
+):
+    _auto_class.register(CoeConfig, _model_class, exist_ok=True)
+    # Saved folders then carry the code of the class.
+    _model_class.register_for_auto_class(_auto_class)
+
+__all__ = [
+    "CoeConfig",
+    "CoeForCausalLM",
+    "CoeForQuestionAnswering",
+    "CoeForSequenceClassification",
+    "CoeForTokenClassification",
+    "CoeModel",
+    "CoePreTrainedModel",
+]

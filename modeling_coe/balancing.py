@@ -1,0 +1,170 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
+"""Losses that keep the routers of a Chain-of-Experts model balanced: pure functions of what one router call returned.
+
+T = batch * length tokens, N experts, K chosen per token.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .configuration_coe import CoeConfig
+
+
+def router_scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """Turns router logits into the scores that choose and weigh experts.
+
+    Args:
+        router_logits (`torch.Tensor`): Raw router outputs, (T, N), fp32 or wider.
+        scoring_func (`str`): `"softmax"` over the experts or element-wise `"sigmoid"`.
+
+    Returns:
+        `torch.Tensor`: Scores of the shape and dtype of `router_logits`.
+    """
+    return router_logits.softmax(dim=-1) if scoring_func == "softmax" else router_logits.sigmoid()
+
+
+def load_balancing_loss(
+    router_logits: torch.Tensor,
+    router_indices: torch.Tensor,
+    *,
+    batch_size: int,
+    scoring_func: str = "softmax",
+    seq_aux: bool = True,
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Load-balancing loss of one router call, without its coefficient.
+
+    For each sequence (or, with `seq_aux=False`, for the whole batch at once) it is `sum_e f_e * P_e`, where `P_e` is
+    the mean score of expert `e` and `f_e` the number of times it was chosen times `N / (tokens * K)`; then the mean
+    over sequences. It is 1 when both are uniform. DeepSeek-V2 eq. 23-25; sigmoid scores are first normalised to sum to
+    1 over the experts, DeepSeek-V3 eq. 17-20. Gradients flow through `P_e` only.
+
+    Args:
+        router_logits (`torch.Tensor`): Raw router outputs, (T, N), fp32 or wider.
+        router_indices (`torch.Tensor`): Experts chosen, (T, K), int64.
+        batch_size (`int`): Number of sequences in the T tokens, which are ordered sequence by sequence.
+        scoring_func (`str`, defaults to `"softmax"`): Scoring function of the router.
+        seq_aux (`bool`, defaults to `True`): Balance within each sequence instead of over the batch.
+        token_mask (`torch.Tensor`, *optional*): (batch, length), true for tokens that count. Sequences without such
+            a token count nowhere.
+
+    Returns:
+        `torch.Tensor`: Scalar of the dtype of `router_logits`.
+    """
+    num_experts, top_k = router_logits.shape[-1], router_indices.shape[-1]
+    scores = router_scores(router_logits, scoring_func)
+    if scoring_func != "softmax":
+        scores = scores / scores.sum(dim=-1, keepdim=True)
+    chosen = torch.zeros_like(scores, requires_grad=False).scatter(-1, router_indices, 1.0)
+
+    num_groups = batch_size if seq_aux else 1
+    scores = scores.view(num_groups, -1, num_experts)
+    chosen = chosen.view(num_groups, -1, num_experts)
+    if token_mask is None:
+        share_chosen = chosen.mean(dim=1) * (num_experts / top_k)
+        return (share_chosen * scores.mean(dim=1)).sum(dim=-1).mean()
+
+    mask = token_mask.reshape(num_groups, -1, 1).to(scores)
+    length = mask.sum(dim=1)  # (groups, 1)
+    share_chosen = (chosen * mask).sum(dim=1) / length.clamp(min=1) * (num_experts / top_k)
+    mean_scores = (scores * mask).sum(dim=1) / length.clamp(min=1)
+    return (share_chosen * mean_scores).sum() / (length > 0).sum().clamp(min=1)
+
+
+def router_z_loss(router_logits: torch.Tensor, *, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Router z-loss of one router call, without its coefficient: the mean over tokens of the squared log-partition of
+    the logits (ST-MoE, arXiv 2202.08906, eq. 5). It keeps the logits small.
+
+    Args:
+        router_logits (`torch.Tensor`): Raw router outputs, (T, N), fp32 or wider.
+        token_mask (`torch.Tensor`, *optional*): (batch, length), true for tokens that count.
+
+    Returns:
+        `torch.Tensor`: Scalar of the dtype of `router_logits`.
+    """
+    squared = router_logits.logsumexp(dim=-1).square()
+    if token_mask is None:
+        return squared.mean()
+    mask = token_mask.reshape(-1).to(squared)
+    return (squared * mask).sum() / mask.sum().clamp(min=1)
+
+
+def balancing_losses(
+    router_logits: tuple[torch.Tensor, ...],
+    router_indices: tuple[torch.Tensor, ...],
+    config: CoeConfig,
+    *,
+    batch_size: int,
+    token_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums the losses above over all router calls: every iteration of every sparse layer.
+
+    Args:
+        router_logits (`tuple[torch.Tensor, ...]`): One (T, N) tensor per router call; layers may lie on different
+            devices.
+        router_indices (`tuple[torch.Tensor, ...]`): One (T, K) tensor per router call.
+        config (`CoeConfig`): Gives the scoring function, the kind of balance and whether a z-loss is wanted.
+        batch_size (`int`): Number of sequences in the T tokens.
+        token_mask (`torch.Tensor`, *optional*): (batch, length), true for tokens that count.
+
+    Returns:
+        The load-balancing loss and the router z-loss, scalars without their coefficients on the last call's device;
+        the z-loss is `None` where `router_z_loss_coef` is 0.
+    """
+    device = router_logits[-1].device
+    aux_loss = torch.zeros((), device=device)
+    z_loss = torch.zeros((), device=device) if config.router_z_loss_coef else None
+    for logits, indices in zip(router_logits, router_indices, strict=True):
+        mask = None if token_mask is None else token_mask.to(logits.device)
+        call_loss = load_balancing_loss(
+            logits,
+            indices,
+            batch_size=batch_size,
+            scoring_func=config.scoring_func,
+            seq_aux=config.seq_aux,
+            token_mask=mask,
+        )
+        aux_loss = aux_loss + call_loss.to(device)
+        if z_loss is not None:
+            z_loss = z_loss + router_z_loss(logits, token_mask=mask).to(device)
+    return aux_loss, z_loss
+
+
+def label_token_share(
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    shift_labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor | float:
+    """Share of one optimizer step's label tokens that this batch holds.
+
+    The cross-entropy of a batch is divided by the label tokens of the whole step when `num_items_in_batch` is given,
+    so that micro-batches and ranks add up to one mean. A term that is a mean already, like the losses above, adds up
+    in the same way only when it is weighted by this share.
+
+    Args:
+        labels (`torch.Tensor`): (batch, length) label ids before shifting.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Label tokens of the whole step.
+        shift_labels (`torch.Tensor`, *optional*): Labels that are shifted already, used instead of `labels`.
+        ignore_index (`int`, defaults to -100): Label of tokens without a loss.
+
+    Returns:
+        1.0 without `num_items_in_batch`, otherwise a scalar tensor.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    return targets.ne(ignore_index).sum() / num_items_in_batch

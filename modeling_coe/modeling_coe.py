@@ -1,0 +1,491 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
+"""Chain-of-Experts (CoE, arXiv 2506.18945): a DeepSeek-V2 decoder whose sparse layers chain their experts.
+
+With `h` the residual stream after attention, C iterations, and one router per iteration, a sparse layer computes
+
+    x_0     = post_attention_layernorm(h)
+    y_t     = sum_k w_t[k] * expert_{i_t[k]}(x_t) + shared_experts(x_t),    (i_t, w_t) = router_t(x_t)
+    x_{t+1} = x_t + y_t                                                     t = 0 .. C-1
+    output  = x_C
+
+and the other residual rules of `CoeConfig` (paper section 3, equations 5-10). Attention, norms, rotary embedding, the
+dense MLP and the latent cache are transformers' own DeepSeek-V2. From top to bottom: router, experts, one iteration,
+the layer that owns the chain, the models.
+
+Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Attention,
+    DeepseekV2Experts,
+    DeepseekV2MLP,
+    DeepseekV2Model,
+    DeepseekV2PreTrainedModel,
+    DeepseekV2RMSNorm,
+    DeepseekV2RotaryEmbedding,
+    DeepseekV2TopkRouter,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import maybe_autocast
+from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
+
+from .balancing import balancing_losses, label_token_share, router_scores
+from .checkpoint import check_chain_keys, read_keys, staged_directory
+from .configuration_coe import CoeConfig
+
+
+class CoeRouter(DeepseekV2TopkRouter):
+    """Chooses K of N experts for every token and weighs them, in fp32 (or wider) whatever the model's dtype.
+
+    Extends DeepSeek-V2's router by sigmoid scores, the selection bias of DeepSeek-V3 and normalised weights.
+    """
+
+    def __init__(self, config: CoeConfig):
+        super().__init__(config)
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob and self.top_k > 1
+        # The official code leaves normalised weights unscaled; DeepSeek-V3, where sigmoid scores come from, does not.
+        if self.norm_topk_prob and self.scoring_func == "softmax":
+            self.routed_scaling_factor = 1.0
+        if self.topk_method == "noaux_tc":
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): (B, S, H) or (T, H).
+
+        Returns:
+            Raw logits (T, N), weights (T, K) and indices (T, K, int64) of the chosen experts, in no order.
+        """
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            scores = router_scores(router_logits, self.scoring_func)
+            top_k_index = self.choose(scores)
+            top_k_weights = scores.gather(-1, top_k_index)
+            if self.norm_topk_prob:
+                top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
+            top_k_weights = top_k_weights * self.routed_scaling_factor
+        return router_logits, top_k_weights, top_k_index
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Indices (T, K) of the experts chosen by their scores (T, N) under `topk_method`."""
+        if self.topk_method == "noaux_tc":
+            scores = scores + self.e_score_correction_bias.to(scores.dtype)
+        if self.topk_method != "greedy" and (num_groups := self.num_group or 1) > 1:
+            grouped = scores.view(-1, num_groups, self.num_experts // num_groups)
+            # DeepSeek-V2 ranks a group by its best expert, DeepSeek-V3 by its best two.
+            best = min(2, grouped.shape[-1]) if self.topk_method == "noaux_tc" else 1
+            group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)
+            kept_groups = group_scores.topk(self.topk_group or 1, dim=-1, sorted=False).indices
+            dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept_groups, False)
+            scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+        return scores.topk(self.top_k, dim=-1, sorted=False).indices
+
+
+@use_experts_implementation
+class CoeExperts(DeepseekV2Experts):
+    """The N experts of one layer as two fused parameters, `gate_up_proj` (N, 2I, H) and `down_proj` (N, H, I).
+
+    `experts_implementation` decides which kernel computes them; this forward is the `"eager"` one.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): (T, H).
+            top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
+            top_k_weights (`torch.Tensor`): (T, K) routing weights, fp32 or wider.
+
+        Returns:
+            `torch.Tensor`: (T, H) weighted sum of the chosen experts, accumulated in the dtype of the weights and
+            returned in the dtype of `hidden_states`.
+        """
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        output = torch.zeros(hidden_states.shape, dtype=top_k_weights.dtype, device=hidden_states.device)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            expert_output = F.linear(hidden_states[token], gate_up_proj[expert])
+            expert_output = F.linear(self._apply_gate(expert_output), down_proj[expert])
+            output.index_add_(0, token, expert_output * top_k_weights[token, slot, None])
+        return output.to(hidden_states.dtype)
+
+
+class CoeMoE(nn.Module):
+    """One iteration of the chain: its router, the routed experts it chooses, and the shared experts.
+
+    The loop over iterations lives in [`CoeDecoderLayer`], so that whoever reduces over ranks at the end of this module
+    does so before the next iteration routes.
+    """
+
+    def __init__(self, config: CoeConfig):
+        super().__init__()
+        self.gate = (
+            nn.ModuleList([CoeRouter(config) for _ in range(config.inner_iter)])
+            if config.use_igate
+            else CoeRouter(config)
+        )
+        self.experts = CoeExperts(config)
+        self.shared_experts = (
+            DeepseekV2MLP(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, hidden_states: torch.Tensor, iteration: int = 0) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): (B, S, H), the input `x_t` of this iteration.
+            iteration (`int`, defaults to 0): t, from 0 to C-1; chooses the router.
+
+        Returns:
+            `torch.Tensor`: (B, S, H), `y_t` without any residual.
+        """
+        router = self.gate[iteration] if isinstance(self.gate, nn.ModuleList) else self.gate
+        _, top_k_weights, top_k_index = router(hidden_states)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
+
+
+class CoeDecoderLayer(GradientCheckpointingLayer):
+    """DeepSeek-V2 attention, then the chain of experts, or a plain pre-norm MLP where the layer is dense."""
+
+    def __init__(self, config: CoeConfig, layer_idx: int):
+        super().__init__()
+        self.is_sparse = config.is_sparse_layer(layer_idx)
+        self.num_iterations = config.inner_iter
+        self.residual_rule = config.residual_rule if self.is_sparse else "prenorm"
+        self.self_attn = DeepseekV2Attention(config, layer_idx)
+        self.mlp = CoeMoE(config) if self.is_sparse else DeepseekV2MLP(config)
+        self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        if not self.is_sparse:
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.chain(hidden_states)
+
+    def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
+        rule = self.residual_rule
+        x = x_0 = self.post_attention_layernorm(hidden_states)
+        for iteration in range(self.num_iterations):
+            y = self.mlp(x, iteration)
+            if rule == "prenorm":
+                hidden_states = hidden_states + y
+            if rule in ("inner", "both", "prenorm"):
+                y = x + y
+            elif rule == "init":
+                y = x_0 + y
+            x = y
+        if rule == "prenorm":
+            return hidden_states
+        return hidden_states + x if rule in ("outer", "both") else x
+
+
+# What a saved folder needs to load where this package is not installed.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_coe.CoeConfig",
+    "AutoModel": "modeling_coe.CoeModel",
+    "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_coe.CoeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_coe.CoeForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_coe.CoeForQuestionAnswering",
+}
+
+
+@auto_docstring
+class CoePreTrainedModel(DeepseekV2PreTrainedModel):
+    config: CoeConfig
+    _no_split_modules = ["CoeDecoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": CoeDecoderLayer,
+        "attentions": DeepseekV2Attention,
+        "router_logits": OutputRecorder(CoeRouter, index=0),
+        "router_indices": OutputRecorder(CoeRouter, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # covers the routers' weights and the experts' 3D parameters
+        if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
+            init.zeros_(module.e_score_correction_bias)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config):
+        if state_dict is None and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
+            check_chain_keys(read_keys(checkpoint_files), model.config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a folder
+        beside `save_directory` and moved there at the end. The folder also carries the code that it needs to load
+        with `trust_remote_code=True` where this package is not installed."""
+        self.config.auto_map = dict(_AUTO_MAP)
+        if push_to_hub or kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        with staged_directory(save_directory) as staging:
+            super().save_pretrained(staging, is_main_process, **kwargs)
+
+
+@auto_docstring
+class CoeModel(CoePreTrainedModel, DeepseekV2Model):
+    def __init__(self, config: CoeConfig):
+        # Not `DeepseekV2Model.__init__`, which would build and initialise DeepSeek-V2's own layers first.
+        PreTrainedModel.__init__(self, config)
+        config.validate()  # fields may have been set after construction
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [CoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV2RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+        # Training always records the routers; installed on first use, these hooks would break a compiled first call.
+        maybe_install_capturing_hooks(self)
+
+
+@dataclass
+class CoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Output of [`CoeForCausalLM`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*):
+            Cross-entropy; in training plus `aux_loss_alpha * aux_loss + router_z_loss_coef * router_z_loss`, scaled by
+            the batch's share of label tokens where `num_items_in_batch` is given.
+        aux_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss summed over layers and iterations, without its coefficient. Present in training with
+            `aux_loss_alpha > 0`, and whenever router logits are asked for.
+        router_z_loss (`torch.Tensor`, *optional*):
+            Router z-loss summed over layers and iterations, without its coefficient, where that is not 0.
+        logits (`torch.Tensor`): (B, S, vocabulary) scores before softmax.
+        router_logits (`tuple[torch.Tensor, ...]`, *optional*):
+            Raw logits (T, N) of every router call, with `output_router_logits=True`: sparse layers in order, the
+            iterations of each in order.
+        router_indices (`tuple[torch.Tensor, ...]`, *optional*):
+            Experts (T, K) chosen in every router call, in the order of `router_logits`.
+    """
+
+    router_z_loss: torch.Tensor | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring
+class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: CoeConfig):
+        super().__init__(config)
+        self.model = CoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def needs_balancing(self) -> bool:
+        """Whether the training loss of this model has a balancing term."""
+        config = self.config
+        return config.num_sparse_layers > 0 and (config.aux_loss_alpha > 0 or config.router_z_loss_coef > 0)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs) -> None:
+        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        if enable and reentrant and self.needs_balancing:
+            raise ValueError(
+                "Checkpointing with `use_reentrant=True` cuts the gradient of the router losses "
+                f"(`aux_loss_alpha={self.config.aux_loss_alpha}`, "
+                f"`router_z_loss_coef={self.config.router_z_loss_coef}`). Use `use_reentrant=False`, or set both to 0."
+            )
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CoeCausalLMOutputWithPast:
+        r"""
+        output_router_logits (`bool`, *optional*):
+            Whether to return the routers' logits and choices, and with them the auxiliary loss, in evaluation too.
+            Defaults to `config.output_router_logits`. The loss of a training step does not depend on it.
+
+        Example:
+
+        ```python
+        >>> import modeling_coe
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/coe")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/coe")
+        >>> inputs = tokenizer("Tom has 3 apples and buys 4 more.", return_tensors="pt")
+        >>> tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=20))
+        ```"""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        record_routers = output_router_logits or (self.training and self.needs_balancing)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=record_routers,
+            output_router_indices=record_routers,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+
+        loss = aux_loss = router_z_loss = None
+        if record_routers and outputs.router_logits:
+            batch_size, length = outputs.last_hidden_state.shape[:2]
+            aux_loss, router_z_loss = balancing_losses(
+                outputs.router_logits,
+                outputs.router_indices,
+                self.config,
+                batch_size=batch_size,
+                token_mask=_token_mask(attention_mask, length),
+            )
+        if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"`labels` has shape {tuple(labels.shape)}, but the logits are for {tuple(logits.shape[:-1])} "
+                    "(batch, length). Pass one label per input token, -100 where no loss is wanted; the model shifts "
+                    "them itself."
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and aux_loss is not None:
+                share = label_token_share(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
+                balancing = self.config.aux_loss_alpha * aux_loss
+                if router_z_loss is not None:
+                    balancing = balancing + self.config.router_z_loss_coef * router_z_loss
+                loss = loss + (share * balancing).to(loss.device)
+
+        return CoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            router_z_loss=router_z_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            router_indices=outputs.router_indices if output_router_logits else None,
+        )
+
+
+def _token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The (B, S) mask of real tokens among the last `length` ones, or `None` where the mask does not tell."""
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+    return attention_mask[:, -length:] if is_padding_mask else None
+
+
+class CoeForSequenceClassification(GenericForSequenceClassification, CoePreTrainedModel):
+    pass
+
+
+class CoeForTokenClassification(GenericForTokenClassification, CoePreTrainedModel):
+    pass
+
+
+class CoeForQuestionAnswering(GenericForQuestionAnswering, CoePreTrainedModel):
+    pass
+
+
+# The installed package and a folder's own code both need these two to load a checkpoint: per-expert tensors on disk
+# become fused ones in memory (as for DeepSeek-V2), and the heads find their backbone.
+register_checkpoint_conversion_mapping(
+    CoeConfig.model_type, get_checkpoint_conversion_mapping("deepseek_v2"), overwrite=True
+)
+AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
+
+__all__ = [
+    "CoePreTrainedModel",
+    "CoeModel",
+    "CoeForCausalLM",
+    "CoeForSequenceClassification",
+    "CoeForTokenClassification",
+    "CoeForQuestionAnswering",
+]
