@@ -28,6 +28,7 @@ the layer that owns the chain, the models.
 Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -358,17 +359,19 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         config = self.config
         return config.num_sparse_layers > 0 and (config.aux_loss_alpha > 0 or config.router_z_loss_coef > 0)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs) -> None:
-        reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
-        if enable and reentrant and self.needs_balancing:
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        if enable:
+            self._refuse_reentrant_checkpointing(kwargs.get("gradient_checkpointing_func"))
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+    def _refuse_reentrant_checkpointing(self, checkpointing_func: Callable | None) -> None:
+        # What a reentrant checkpoint records on the side, as router logits are, has no gradient.
+        if self.needs_balancing and getattr(checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "Checkpointing with `use_reentrant=True` cuts the gradient of the router losses "
                 f"(`aux_loss_alpha={self.config.aux_loss_alpha}`, "
                 f"`router_z_loss_coef={self.config.router_z_loss_coef}`). Use `use_reentrant=False`, or set both to 0."
             )
-        if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
-        super()._set_gradient_checkpointing(enable, **kwargs)
 
     @can_return_tuple
     @auto_docstring
@@ -404,6 +407,8 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         record_routers = output_router_logits or (self.training and self.needs_balancing)
+        if self.training and self.model.gradient_checkpointing:
+            self._refuse_reentrant_checkpointing(self.model._gradient_checkpointing_func)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,29 @@
+import os
+
+# No test may reach a hub; set before anything imports huggingface_hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import modeling_coe  # noqa: F401  registers the Auto classes
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "reference"
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def reference_folder() -> Path:
+    if not REFERENCE.is_dir():
+        pytest.skip("the official implementation's fixtures (../shared/fixtures/reference) are not there")
+    return REFERENCE

@@ -1,0 +1,49 @@
+"""Tiny models that the tests share."""
+
+import torch
+
+from modeling_coe import CoeConfig, CoeForCausalLM
+
+EXPERTS_BACKENDS = ("eager", "batched_mm", "grouped_mm")
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    # Large enough that routing differs between tokens and iterations.
+    "initializer_range": 0.2,
+}
+
+RESIDUAL_FLAGS = {
+    "inner": {},
+    "outer": {"inner_residual": False, "outer_residual": True},
+    "both": {"outer_residual": True},
+    "init": {"inner_residual": False, "init_residual": True},
+    "prenorm": {"prenorm_residual": True},
+    "none": {"inner_residual": False},
+}
+
+
+def tiny_config(**overrides) -> CoeConfig:
+    return CoeConfig(**{**TINY, **overrides})
+
+
+def tiny_model(seed: int = 0, **overrides) -> CoeForCausalLM:
+    torch.manual_seed(seed)
+    return CoeForCausalLM(tiny_config(**overrides)).eval()
+
+
+def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
+    """Token ids without the special ones (0 to 2)."""
+    return torch.randint(3, vocab_size, shape)
