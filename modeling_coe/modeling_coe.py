@@ -260,6 +260,7 @@ _AUTO_MAP = {
 class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     config: CoeConfig
     _no_split_modules = ["CoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
         "attentions": DeepseekV2Attention,
@@ -365,8 +366,9 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, **kwargs)
 
     def _refuse_reentrant_checkpointing(self, checkpointing_func: Callable | None) -> None:
-        # What a reentrant checkpoint records on the side, as router logits are, has no gradient.
-        if self.needs_balancing and getattr(checkpointing_func, "keywords", {}).get("use_reentrant"):
+        # What a reentrant checkpoint records on the side, as router logits are, has no gradient. It is torch's default.
+        keywords = getattr(checkpointing_func, "keywords", {"use_reentrant": False})
+        if self.needs_balancing and keywords.get("use_reentrant") is not False:
             raise ValueError(
                 "Checkpointing with `use_reentrant=True` cuts the gradient of the router losses "
                 f"(`aux_loss_alpha={self.config.aux_loss_alpha}`, "

@@ -191,6 +191,8 @@ def test_reentrant_checkpointing_is_refused_with_an_aux_loss():
     reentrant = {"use_reentrant": True}
     with pytest.raises(ValueError, match="use_reentrant=True.*aux_loss_alpha=0.001.*use_reentrant=False"):
         tiny_model().activation_checkpointing_enable(reentrant)
+    with pytest.raises(ValueError, match="use_reentrant"):  # torch's default
+        tiny_model().activation_checkpointing_enable({"preserve_rng_state": False})
     with pytest.warns(FutureWarning), pytest.raises(ValueError, match="use_reentrant"):
         tiny_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
     model = tiny_model(aux_loss_alpha=0.0).train()

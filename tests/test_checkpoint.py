@@ -1,0 +1,299 @@
+"""Saving and loading: both layouts, shards, dtypes, what is refused, and what a failed save leaves behind."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    modeling_utils,
+)
+
+from modeling_coe import CoeConfig, CoeForCausalLM, CoeForSequenceClassification, CoeModel
+
+from .helpers import random_ids, tiny_config, tiny_model
+
+FUSED = re.compile(r"\.experts\.(gate_up|down)_proj$")
+PER_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+
+
+def stored_tensors(folder) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def load_cleanly(folder, auto_class=AutoModelForCausalLM, **kwargs):
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return model
+
+
+def assert_same_tensors(one, other):
+    expected, actual = one.state_dict(), other.state_dict()
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"], ids=["single file", "shards"])
+@pytest.mark.parametrize("official_layout", [True, False], ids=["official layout", "fused layout"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"use_igate": False, "first_k_dense_replace": 1},
+        {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_shared_experts": None},
+    ],
+    ids=["default", "tied", "one router", "selection bias"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path, max_shard_size, official_layout, options, dtype):
+    model = AutoModelForCausalLM.from_config(tiny_config(**options), dtype=dtype).eval()
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            buffer.data = torch.randn(buffer.shape)  # kept in float32
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size, save_original_format=official_layout)
+
+    assert ((tmp_path / "model.safetensors.index.json").exists()) == (max_shard_size == "40KB")
+    names = stored_tensors(tmp_path)
+    layouts = [any(pattern.search(name) for name in names) for pattern in (PER_EXPERT, FUSED)]
+    assert layouts == [official_layout, not official_layout]
+
+    loaded = load_cleanly(tmp_path)
+    assert type(loaded) is CoeForCausalLM and not loaded.training
+    assert_same_tensors(model, loaded)
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
+    input_ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_layouts_convert_both_ways(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "official")
+    load_cleanly(tmp_path / "official").save_pretrained(tmp_path / "fused", save_original_format=False)
+    load_cleanly(tmp_path / "fused").save_pretrained(tmp_path / "again")
+    assert any(FUSED.search(name) for name in stored_tensors(tmp_path / "fused"))
+    assert_same_tensors(model, load_cleanly(tmp_path / "again"))
+
+
+def test_official_checkpoint_is_written_back_under_official_names(reference_folder, tmp_path):
+    for case in reference_folder.glob("*/"):
+        model = load_cleanly(case)
+        model.save_pretrained(tmp_path / case.name)
+        official = load_file(case / "model.safetensors")
+        rewritten = stored_tensors(tmp_path / case.name)
+        assert official.keys() == rewritten.keys()
+        assert all(torch.equal(official[name], rewritten[name]) for name in official)
+        assert json.loads((tmp_path / case.name / "config.json").read_text())["model_type"] == "coe"
+
+
+@pytest.mark.parametrize(
+    "auto_class, new_keys",
+    [
+        (AutoModel, set()),
+        (AutoModelForSequenceClassification, {"score.weight"}),
+        (AutoModelForTokenClassification, {"score.weight", "score.bias"}),
+        (AutoModelForQuestionAnswering, {"qa_outputs.weight", "qa_outputs.bias"}),
+    ],
+)
+def test_heads_load_a_causal_model_and_back(tmp_path, auto_class, new_keys):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "causal")
+    head, info = auto_class.from_pretrained(tmp_path / "causal", output_loading_info=True)
+    assert info["missing_keys"] == new_keys
+    backbone = head if isinstance(head, CoeModel) else head.model
+    assert_same_tensors(model.model, backbone)
+
+    head.save_pretrained(tmp_path / "head")
+    assert_same_tensors(head, load_cleanly(tmp_path / "head", auto_class))
+    back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert_same_tensors(model.model, back.model)
+
+
+def test_every_weight_is_initialised():
+    model = tiny_model(scoring_func="sigmoid", topk_method="noaux_tc", initializer_range=0.02)
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name or name == "model.norm.weight":
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+            assert parameter.mean().abs() < 0.005, name
+    biases = [buffer for name, buffer in model.named_buffers() if "correction_bias" in name]
+    assert len(biases) == 4 and not any(bias.any() for bias in biases)
+
+
+def test_default_experts_backend_is_grouped_mm(tmp_path):
+    model = CoeForCausalLM(tiny_config())
+    assert model.config._experts_implementation == "grouped_mm"
+    model.save_pretrained(tmp_path)
+    assert load_cleanly(tmp_path).config._experts_implementation == "grouped_mm"
+    for backend in ("eager", "batched_mm", "grouped_mm"):
+        assert load_cleanly(tmp_path, experts_implementation=backend).config._experts_implementation == backend
+        model.set_experts_implementation(backend)
+        assert model.config._experts_implementation == backend
+    with pytest.raises(ValueError, match="`experts_implementation=\"eager\"`"):
+        load_cleanly(tmp_path, experts_implementation="fastest")
+
+
+class TestBadCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        return tmp_path
+
+    def rewrite(self, folder, change):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    def fails(self, folder, *named, error=ValueError, **kwargs):
+        with pytest.raises(error) as caught:
+            AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        for text in named:
+            assert text in str(caught.value)
+
+    def test_missing_expert(self, folder):
+        def change(tensors):
+            for name in [name for name in tensors if "layers.1.mlp.experts.3." in name]:
+                del tensors[name]
+
+        self.rewrite(folder, change)
+        self.fails(folder, "layers.1.mlp lacks experts.3.down_proj.weight", "n_routed_experts=8")
+
+    def test_missing_projection(self, folder):
+        self.rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.experts.7.up_proj.weight"))
+        self.fails(folder, "layers.0.mlp lacks experts.7.up_proj.weight")
+
+    def test_extra_expert(self, folder):
+        def change(tensors):
+            for projection in ("gate", "up", "down"):
+                name = "model.layers.0.mlp.experts.{}.{}_proj.weight"
+                tensors[name.format(8, projection)] = tensors[name.format(0, projection)].clone()
+
+        self.rewrite(folder, change)
+        self.fails(folder, "layers.0.mlp has, beyond the model's, experts.8.down_proj.weight", "n_routed_experts=8")
+
+    def test_missing_fused_parameter(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path, save_original_format=False)
+        self.rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj"))
+        self.fails(tmp_path, "layers.1.mlp lacks experts.down_proj")
+
+    def test_missing_router(self, folder):
+        self.rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.gate.1.weight"))
+        self.fails(folder, "layers.0.mlp lacks gate.1.weight", "inner_iter=2", "use_igate=True")
+
+    def test_routers_of_the_other_kind(self, folder):
+        self.fails(folder, "lacks gate.weight", "use_igate=False", use_igate=False)
+
+    def test_more_iterations_than_routers(self, folder):
+        self.fails(folder, "lacks gate.2.weight", "inner_iter=3", inner_iter=3)
+
+    def test_random_routers_on_request(self, folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, inner_iter=3, ignore_mismatched_sizes=True)
+        assert all(router.weight.any() for layer in model.model.layers for router in layer.mlp.gate)
+
+    def test_truncated_file(self, folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        self.fails(folder, "model.safetensors", "truncated", error=OSError)
+
+    def test_truncated_shard(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="40KB")
+        shard = sorted(tmp_path.glob("model-00002-of-*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:-8])
+        self.fails(tmp_path, shard.name, "truncated", error=OSError)
+
+    def test_configuration_of_another_architecture(self, folder):
+        LlamaConfig(hidden_size=32, num_attention_heads=4).save_pretrained(folder)
+        with pytest.raises(ValueError, match="`model_type` is 'llama'"):
+            CoeForCausalLM.from_pretrained(folder)
+        with pytest.raises(ValueError, match="`model_type` is 'llama'"):
+            CoeConfig.from_pretrained(folder)
+
+    def test_field_of_the_configuration(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
+        with pytest.raises(ValueError, match="num_experts_per_tok.*9"):
+            AutoConfig.from_pretrained(folder)
+        self.fails(folder, "num_experts_per_tok")
+
+
+class TestFailedSave:
+    @pytest.fixture
+    def disk_full_on_second_shard(self, monkeypatch):
+        written = []
+        save = modeling_utils.safe_save_file
+
+        def fail_late(tensors, filename, **kwargs):
+            if written:
+                raise OSError(28, "No space left on device")
+            written.append(filename)
+            save(tensors, filename, **kwargs)
+
+        monkeypatch.setattr(modeling_utils, "safe_save_file", fail_late)
+
+    def test_leaves_nothing_new(self, tmp_path, disk_full_on_second_shard):
+        with pytest.raises(OSError, match="No space left"):
+            tiny_model().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+    def test_leaves_the_old_checkpoint_whole(self, tmp_path, max_shard_size, request):
+        folder, old = tmp_path / "model", tiny_model(seed=1)
+        old.save_pretrained(folder, max_shard_size=max_shard_size)
+        request.getfixturevalue("disk_full_on_second_shard")
+        with pytest.raises(OSError, match="No space left"):
+            tiny_model(seed=2).save_pretrained(folder, max_shard_size="40KB")
+        assert list(tmp_path.iterdir()) == [folder]
+        assert_same_tensors(old, load_cleanly(folder))
+
+    @pytest.mark.parametrize("sizes", [("5GB", "40KB"), ("40KB", "5GB"), ("40KB", "60KB")])
+    def test_overwriting_leaves_no_file_of_the_old_checkpoint(self, tmp_path, sizes):
+        folder, new = tmp_path / "model", tiny_model(seed=2)
+        tiny_model(seed=1).save_pretrained(folder, max_shard_size=sizes[0])
+        (folder / "tokenizer.json").write_text("kept")
+        new.save_pretrained(folder, max_shard_size=sizes[1])
+        assert_same_tensors(new, load_cleanly(folder))
+        assert len(stored_tensors(folder)) == sum(len(load_file(f)) for f in folder.glob("*.safetensors"))
+        assert (folder / "tokenizer.json").read_text() == "kept"
+
+    def test_a_half_replaced_folder_does_not_load(self, tmp_path, monkeypatch):
+        folder = tmp_path / "model"
+        tiny_model(seed=1).save_pretrained(folder, max_shard_size="40KB")
+
+        replace, moved = Path.replace, []
+
+        def interrupted(source, target):
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            moved.append(target)
+            return replace(source, target)
+
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_model(seed=2).save_pretrained(folder, max_shard_size="40KB")
+        monkeypatch.undo()
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_saved_folder_names_its_code(tmp_path):
+    CoeForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_coe.CoeModel"
+    assert auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
+    for reference in auto_map.values():
+        assert (tmp_path / f"{reference.split('.')[0]}.py").exists()
