@@ -2,4 +2,5 @@
 
 from .configuration_coe import CoeConfig
 
+
 __all__ = ["CoeConfig"]

@@ -20,6 +20,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config
 
+
 # The official implementation writes this `model_type`; its configurations are read as they are.
 OFFICIAL_MODEL_TYPE = "coe_deepseekv2"
 
@@ -210,8 +211,8 @@ class CoeConfig(DeepseekV2Config):
         reachable = chosen_groups * (experts // groups)
         if top_k > reachable:
             raise ValueError(
-                f"`num_experts_per_tok` is {top_k}, but `topk_group={chosen_groups}` of `n_group={groups}` groups hold "
-                f"only {reachable} experts. Choose more groups or at most {reachable} experts."
+                f"`num_experts_per_tok` is {top_k}, but `topk_group={chosen_groups}` of `n_group={groups}` groups "
+                f"hold only {reachable} experts. Choose more groups or at most {reachable} experts."
             )
 
     def _residual_flags(self) -> str:

@@ -26,6 +26,7 @@ from .modeling_coe import (
     CoePreTrainedModel,
 )
 
+
 AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
 # `AutoConfig.register` insists on the class's own `model_type`; the official one is only ever read.
 CONFIG_MAPPING.register(OFFICIAL_MODEL_TYPE, CoeConfig, exist_ok=True)

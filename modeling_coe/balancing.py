@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
 """Losses that keep the routers of a Chain-of-Experts model balanced: pure functions of what one router call returned.
 
 T = batch * length tokens, N experts, K chosen per token.

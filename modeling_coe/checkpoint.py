@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
 """Checkpoints of Chain-of-Experts models: what a complete one holds, and how one is written without halves."""
 
 import re
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 from .configuration_coe import CoeConfig
+
 
 _CHAIN_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.((?:gate|experts)\..+)$")
 _EXPERT_KEY = re.compile(r"experts\.(\d+)\.")

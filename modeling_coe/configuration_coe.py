@@ -6,4 +6,5 @@ from here as `.configuration_coe` makes `modeling_coe.py` run unchanged in both 
 
 from configuration_coe import CoeConfig
 
+
 __all__ = ["CoeConfig"]

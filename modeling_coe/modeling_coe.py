@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
 """Chain-of-Experts (CoE, arXiv 2506.18945): a DeepSeek-V2 decoder whose sparse layers chain their experts.
 
 With `h` the residual stream after attention, C iterations, and one router per iteration, a sparse layer computes
@@ -366,7 +365,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, **kwargs)
 
     def _refuse_reentrant_checkpointing(self, checkpointing_func: Callable | None) -> None:
-        # What a reentrant checkpoint records on the side, as router logits are, has no gradient. It is torch's default.
+        # Router logits recorded inside a reentrant checkpoint (torch's default kind) have no gradient.
         keywords = getattr(checkpointing_func, "keywords", {"use_reentrant": False})
         if self.needs_balancing and keywords.get("use_reentrant") is not False:
             raise ValueError(
@@ -489,10 +488,10 @@ register_checkpoint_conversion_mapping(
 AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
 
 __all__ = [
-    "CoePreTrainedModel",
-    "CoeModel",
     "CoeForCausalLM",
+    "CoeForQuestionAnswering",
     "CoeForSequenceClassification",
     "CoeForTokenClassification",
-    "CoeForQuestionAnswering",
+    "CoeModel",
+    "CoePreTrainedModel",
 ]

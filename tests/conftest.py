@@ -1,5 +1,6 @@
 import os
 
+
 # No test may reach a hub; set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,9 +13,12 @@ from transformers.utils import logging
 
 import modeling_coe  # noqa: F401  registers the Auto classes
 
+
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "reference"
 
 logging.disable_progress_bar()
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

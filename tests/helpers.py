@@ -4,6 +4,7 @@ import torch
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 
+
 EXPERTS_BACKENDS = ("eager", "batched_mm", "grouped_mm")
 
 TINY = {

@@ -81,9 +81,7 @@ def test_z_loss():
     expected = sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits) / 6
     torch.testing.assert_close(router_z_loss(logits), expected)
     mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
-    torch.testing.assert_close(
-        router_z_loss(logits, token_mask=mask), router_z_loss(logits[mask.flatten().bool()])
-    )
+    torch.testing.assert_close(router_z_loss(logits, token_mask=mask), router_z_loss(logits[mask.flatten().bool()]))
 
 
 @pytest.mark.parametrize("seq_aux", [True, False])
@@ -189,7 +187,7 @@ def test_checkpointing_leaves_all_gradients_as_they_are():
 
 def test_reentrant_checkpointing_is_refused_with_an_aux_loss():
     reentrant = {"use_reentrant": True}
-    with pytest.raises(ValueError, match="use_reentrant=True.*aux_loss_alpha=0.001.*use_reentrant=False"):
+    with pytest.raises(ValueError, match=r"use_reentrant=True.*aux_loss_alpha=0.001.*use_reentrant=False"):
         tiny_model().activation_checkpointing_enable(reentrant)
     with pytest.raises(ValueError, match="use_reentrant"):  # torch's default
         tiny_model().activation_checkpointing_enable({"preserve_rng_state": False})

@@ -13,6 +13,7 @@ from modeling_coe.modeling_coe import CoeDecoderLayer, CoeRouter
 from . import naive
 from .helpers import EXPERTS_BACKENDS, RESIDUAL_FLAGS, TINY, random_ids, tiny_config, tiny_model
 
+
 ROUTERS = {
     "greedy": {},
     "greedy, normalised and scaled": {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
@@ -221,7 +222,9 @@ def test_one_iteration_of_the_prenorm_chain_is_deepseek_v2(overrides, backend):
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_selection_bias_router_is_deepseek_v3s(norm_topk_prob):
     options = {"n_group": 4, "topk_group": 2, "norm_topk_prob": norm_topk_prob, "routed_scaling_factor": 2.5}
-    native = DeepseekV3TopkRouter(DeepseekV3Config(hidden_size=32, n_routed_experts=8, num_experts_per_tok=3, **options))
+    native = DeepseekV3TopkRouter(
+        DeepseekV3Config(hidden_size=32, n_routed_experts=8, num_experts_per_tok=3, **options)
+    )
     router = CoeRouter(tiny_config(scoring_func="sigmoid", topk_method="noaux_tc", num_experts_per_tok=3, **options))
     torch.nn.init.normal_(native.weight)
     torch.nn.init.normal_(native.e_score_correction_bias)

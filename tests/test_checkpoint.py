@@ -22,6 +22,7 @@ from modeling_coe import CoeConfig, CoeForCausalLM, CoeForSequenceClassification
 
 from .helpers import random_ids, tiny_config, tiny_model
 
+
 FUSED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 PER_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 
@@ -143,7 +144,7 @@ def test_default_experts_backend_is_grouped_mm(tmp_path):
         assert load_cleanly(tmp_path, experts_implementation=backend).config._experts_implementation == backend
         model.set_experts_implementation(backend)
         assert model.config._experts_implementation == backend
-    with pytest.raises(ValueError, match="`experts_implementation=\"eager\"`"):
+    with pytest.raises(ValueError, match='`experts_implementation="eager"`'):
         load_cleanly(tmp_path, experts_implementation="fastest")
 
 
@@ -226,7 +227,7 @@ class TestBadCheckpoints:
     def test_field_of_the_configuration(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
-        with pytest.raises(ValueError, match="num_experts_per_tok.*9"):
+        with pytest.raises(ValueError, match=r"num_experts_per_tok.*9"):
             AutoConfig.from_pretrained(folder)
         self.fails(folder, "num_experts_per_tok")
 

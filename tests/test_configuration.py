@@ -4,14 +4,15 @@ import sys
 from math import comb
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from configuration_coe import CoeConfig
 
 from .helpers import RESIDUAL_FLAGS, tiny_config, tiny_model
+
 
 OFFICIAL = {
     "model_type": "coe_deepseekv2",

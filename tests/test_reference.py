@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from .conftest import REFERENCE
 from .helpers import EXPERTS_BACKENDS
 
+
 CASES = sorted(path.name for path in REFERENCE.glob("*/") if (path / "expected.safetensors").exists()) or ["absent"]
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -70,9 +71,7 @@ def test_left_padding(case, backend):
     model, expected = load(case, backend)
     mask = expected["padded.attention_mask"]
     with torch.no_grad():
-        output = model(
-            expected["padded.input_ids"], attention_mask=mask, position_ids=expected["padded.position_ids"]
-        )
+        output = model(expected["padded.input_ids"], attention_mask=mask, position_ids=expected["padded.position_ids"])
     torch.testing.assert_close(output.logits[mask.bool()], expected["padded.logits"], atol=1e-4, rtol=0)
 
 

@@ -1,0 +1,32 @@
+# Every target makes .venv from the pinned constraints when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := configuration_coe modeling_coe examples tests
+
+.PHONY: demo test quality style clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses auto tests
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) runs
+
+# torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	touch $@

@@ -1,0 +1,88 @@
+"""Runs under torchrun: a parallel model against the same model in one process. Called by `test_distributed.py`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import modeling_coe  # noqa: F401
+
+
+LAYOUTS = {
+    "tensor parallel": {"tp_size": 2},
+    "expert parallel": {"tp_size": 2, "ep_size": 2},
+    "sharded data and expert parallel": {"fsdp_size": 2, "ep_size": 2},
+}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_gradients(model) -> dict[str, torch.Tensor]:
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(parallel, single, shares_batch: bool) -> None:
+    """Logits in evaluation, then loss and all gradients of a training step with its auxiliary loss."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(3, single.config.vocab_size, (2, 12))
+    mine = input_ids if shares_batch else input_ids[dist.get_rank() :][:1]
+
+    with torch.no_grad():
+        expected = single.eval()(mine).logits
+        torch.testing.assert_close(whole(parallel.eval()(mine).logits), expected, atol=1e-5, rtol=1e-4)
+
+    losses = {}
+    for name, model, batch in (("single", single, input_ids), ("parallel", parallel, mine)):
+        loss = model.train()(batch, labels=batch).loss
+        loss.backward()
+        losses[name] = loss.detach().clone()
+    if not shares_batch:  # two half batches whose gradients FSDP averages
+        dist.all_reduce(losses["parallel"], op=dist.ReduceOp.SUM)
+        losses["parallel"] /= 2
+    torch.testing.assert_close(losses["parallel"], losses["single"], atol=1e-5, rtol=1e-5)
+
+    expected, actual = whole_gradients(single), whole_gradients(parallel)
+    assert expected.keys() == actual.keys() == dict(single.named_parameters()).keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--backends", nargs="+", required=True)
+    parser.add_argument("--save", type=Path, required=True)
+    args = parser.parse_args()
+
+    layout = LAYOUTS[args.layout]
+    parallel = AutoModelForCausalLM.from_pretrained(args.model, distributed_config=DistributedConfig(**layout))
+    single = AutoModelForCausalLM.from_pretrained(args.model)
+    for backend in args.backends:
+        for model in (parallel, single):
+            model.set_experts_implementation(backend)
+            model.zero_grad()
+        compare(parallel, single, shares_batch="tp_size" in layout)
+
+    parallel.save_pretrained(args.save, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        reloaded = AutoModelForCausalLM.from_pretrained(args.save)
+        for name, tensor in single.state_dict().items():
+            assert torch.equal(reloaded.state_dict()[name], tensor), name
+        print(json.dumps({"layout": args.layout, "backends": args.backends}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A saved folder loads where this package is not installed, from the code it carries."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .helpers import random_ids, tiny_model
+
+
+# However this project is installed, its packages cannot be imported.
+BLOCKED = """
+import sys
+
+class NotInstalled:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("configuration_coe", "modeling_coe"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled)
+"""
+
+SCRIPT = """
+try:
+    import modeling_coe
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("modeling_coe can be imported")
+import torch
+import transformers
+
+folder, again, inputs = sys.argv[1:]
+inputs = torch.load(inputs)
+results = {}
+for name in ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    auto_class = getattr(transformers, f"AutoModel{name}")
+    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    own = {"score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias"}
+    assert info["missing_keys"] <= own and info["unexpected_keys"] <= {"lm_head.weight"}, info
+    assert type(model).__name__ == f"Coe{name or 'Model'}"
+    assert type(model).__module__.startswith("transformers_modules")
+    assert model.config._experts_implementation == "grouped_mm"
+    if name == "ForCausalLM":
+        results["logits"] = model(inputs).logits
+        results["generated"] = model.generate(inputs, max_new_tokens=5, do_sample=False)
+        model.train()(inputs, labels=inputs).loss.backward()
+        results["router_gradient"] = model.model.layers[0].mlp.gate[0].weight.grad
+        model.save_pretrained(again)
+loaded = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+assert torch.equal(loaded(inputs).logits, results["logits"])
+torch.save(results, again + "/results.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def isolated_environment(tmp_path_factory):
+    """Variables for an interpreter that runs outside the project, with a folder of its own for remote code."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    modules = tmp_path_factory.mktemp("modules")
+    return {**environment, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+
+
+def run_isolated(script, folder, environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + script, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_folder_is_self_sufficient(tmp_path, isolated_environment):
+    model = tiny_model(aux_loss_alpha=0.1, first_k_dense_replace=0)
+    folder, again = tmp_path / "model", tmp_path / "again"
+    model.save_pretrained(folder)
+    input_ids = random_ids(2, 7)
+    torch.save(input_ids, tmp_path / "inputs.pt")
+    run = run_isolated(SCRIPT, tmp_path, isolated_environment, folder, again, tmp_path / "inputs.pt")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    results = torch.load(again / "results.pt")
+    with torch.no_grad():
+        assert torch.equal(results["logits"], model(input_ids).logits)
+    assert torch.equal(results["generated"], model.generate(input_ids, max_new_tokens=5, do_sample=False))
+    assert results["router_gradient"].any()
+
+    # What was saved there loads here again.
+    loaded = type(model).from_pretrained(again)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_without_trust_the_folder_does_not_run_its_code(tmp_path, isolated_environment):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    script = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)"
+    )
+    run = run_isolated(script, tmp_path, isolated_environment, folder)
+    assert run.returncode != 0 and "trust_remote_code=True" in run.stderr
