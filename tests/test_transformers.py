@@ -1,0 +1,218 @@
+"""What users expect of a causal language model in transformers, beyond loading and generating."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_coe import (
+    CoeForCausalLM,
+    CoeForQuestionAnswering,
+    CoeForSequenceClassification,
+    CoeForTokenClassification,
+    CoeModel,
+)
+
+from .helpers import EXPERTS_BACKENDS, RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model
+
+
+ALL_CLASSES = (
+    CoeModel,
+    CoeForCausalLM,
+    CoeForSequenceClassification,
+    CoeForTokenClassification,
+    CoeForQuestionAnswering,
+)
+
+
+@pytest.fixture(params=ALL_CLASSES, ids=lambda model_class: model_class.__name__)
+def any_model(request):
+    return request.param(tiny_config()).eval()
+
+
+def some_loss(model, input_ids):
+    if isinstance(model, CoeModel):
+        return model(input_ids).last_hidden_state.square().mean()
+    batch, length = input_ids.shape
+    labels = {
+        CoeForCausalLM: {"labels": input_ids},
+        CoeForSequenceClassification: {"labels": torch.arange(batch) % 2},
+        CoeForTokenClassification: {"labels": input_ids % 2},
+        CoeForQuestionAnswering: {
+            "start_positions": torch.zeros(batch).long(),
+            "end_positions": torch.full((batch,), length - 1),
+        },
+    }[type(model)]
+    return model(input_ids, **labels).loss
+
+
+def test_every_class_trains(any_model):
+    loss = some_loss(any_model.train(), random_ids(2, 7))
+    loss.backward()
+    without = [name for name, parameter in any_model.named_parameters() if parameter.grad is None]
+    assert not without
+    assert torch.isfinite(loss)
+
+
+def test_hidden_states_and_attentions(any_model):
+    any_model.set_attn_implementation("eager")
+    config = any_model.config
+    outputs = any_model(random_ids(2, 7), output_hidden_states=True, output_attentions=True)
+    assert [tuple(h.shape) for h in outputs.hidden_states] == [(2, 7, 32)] * (config.num_hidden_layers + 1)
+    assert [tuple(a.shape) for a in outputs.attentions] == [(2, 4, 7, 7)] * config.num_hidden_layers
+    for attention in outputs.attentions:
+        torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 4, 7))
+
+
+def test_tuple_and_dictionary_outputs_agree(any_model):
+    input_ids = random_ids(2, 7)
+    with torch.no_grad():
+        as_dictionary = any_model(input_ids, output_hidden_states=True)
+        as_tuple = any_model(input_ids, output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    for one, other in zip(as_tuple, as_dictionary.to_tuple(), strict=True):
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other)
+
+
+def test_inputs_embeds(any_model):
+    input_ids = random_ids(1, 7)
+    embeddings = any_model.get_input_embeddings()(input_ids)
+    with torch.no_grad():
+        assert torch.equal(any_model(inputs_embeds=embeddings)[0], any_model(input_ids)[0])
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        any_model(input_ids, inputs_embeds=embeddings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_the_vocabulary(tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    input_ids = random_ids(2, 7)
+    with torch.no_grad():
+        before = model(input_ids).logits
+        model.resize_token_embeddings(120)
+        after = model(input_ids).logits
+    assert after.shape[-1] == model.config.vocab_size == 120
+    torch.testing.assert_close(after[..., :99], before)
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, after)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 12])
+def test_attention_backends_agree(q_lora_rank):
+    model = tiny_model(q_lora_rank=q_lora_rank)
+    input_ids = random_ids(2, 9)
+    mask = torch.ones_like(input_ids)
+    mask[0, :4] = 0
+    logits = {}
+    for attention in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits[attention] = model(input_ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits["flex_attention"], logits["eager"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+def test_experts_backends_agree(rule):
+    model = tiny_model(**RESIDUAL_FLAGS[rule]).train()
+    input_ids = random_ids(2, 9)
+    results = {}
+    for backend in EXPERTS_BACKENDS:
+        model.set_experts_implementation(backend)
+        model.zero_grad()
+        loss = model(input_ids, labels=input_ids).loss
+        loss.backward()
+        results[backend] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    for backend in EXPERTS_BACKENDS[1:]:
+        for actual, expected in zip(results[backend], results["eager"], strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", EXPERTS_BACKENDS)
+def test_training_is_deterministic(backend):
+    gradients = []
+    for _ in range(2):
+        model = tiny_model().train()
+        model.set_experts_implementation(backend)
+        input_ids = random_ids(2, 9)
+        model(input_ids, labels=input_ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype):
+    model = tiny_model()
+    input_ids = random_ids(2, 9)
+    with torch.no_grad():
+        expected = model(input_ids, output_router_logits=True)
+        half = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+        half.load_state_dict(model.state_dict())
+        logits = half(input_ids, output_router_logits=True)
+    assert logits.logits.dtype == dtype
+    assert all(router.dtype == torch.float32 for router in logits.router_logits)
+    # Loose: one swapped expert moves a logit by more than rounding does.
+    assert (logits.logits.float() - expected.logits).abs().median() < 0.1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.train()(input_ids, labels=input_ids, output_router_logits=True)
+    output.loss.backward()
+    assert all(router.dtype == torch.float32 for router in output.router_logits)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+def test_torch_export(backend):
+    model = tiny_model()
+    model.set_experts_implementation(backend)
+    input_ids = random_ids(2, 9)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": input_ids, "use_cache": False}, strict=False)
+        exported = program.module()(input_ids=input_ids, use_cache=False)
+        torch.testing.assert_close(exported.logits, model(input_ids).logits)
+
+
+def test_device_map_offloads_to_disk(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
+    device_map |= {"model.layers.1": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    input_ids = random_ids(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(input_ids).logits, model(input_ids).logits)
+    assert model._no_split_modules == {"CoeDecoderLayer"}
+
+
+def test_parallel_plans_name_modules_that_exist():
+    """Every expert parameter has a place in both plans, and the plans are this class's own."""
+    from transformers import DeepseekV2Config
+
+    model = tiny_model(first_k_dense_replace=1)
+    names = {name.replace("0", "*").replace("1", "*") for name, _ in model.model.named_modules()}
+    names |= {name.replace("0", "*").replace("1", "*") for name, _ in model.model.named_parameters()}
+    config = model.config
+    optional = {"layers.*.self_attn.q_b_proj"}  # low-rank queries
+    for plan in (config.base_model_tp_plan, config.base_model_ep_plan):
+        assert set(plan) - optional <= names
+        assert {f"layers.*.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")} <= set(plan)
+    assert set(config.base_model_pp_plan) <= {name for name, _ in model.model.named_children()}
+    assert config.base_model_tp_plan is not DeepseekV2Config.base_model_tp_plan
+
+
+def test_a_copy_is_independent():
+    """The recording hooks of a model see that model alone."""
+    model = tiny_model()
+    twin = copy.deepcopy(model)
+    input_ids = random_ids(1, 6)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.gate[0].weight.zero_()
+        one, other = (m(input_ids, output_router_logits=True).router_logits for m in (model, twin))
+    assert len(one) == len(other) == 4
+    assert not other[0].any()
+    assert one[0].any()
