@@ -67,7 +67,7 @@ def load_balancing_loss(
     scores = router_scores(router_logits, scoring_func)
     if scoring_func != "softmax":
         scores = scores / scores.sum(dim=-1, keepdim=True)
-    chosen = torch.zeros_like(scores, requires_grad=False).scatter(-1, router_indices, 1.0)
+    chosen = torch.zeros_like(scores).scatter(-1, router_indices, 1.0)
 
     num_groups = batch_size if seq_aux else 1
     scores = scores.view(num_groups, -1, num_experts)
@@ -166,4 +166,6 @@ def label_token_share(
     if num_items_in_batch is None:
         return 1.0
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(targets.device)
     return targets.ne(ignore_index).sum() / num_items_in_batch

@@ -37,7 +37,7 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
     """Names of all tensors in some safetensors files.
 
     Raises:
-        OSError: A file is truncated or no safetensors file; the message names it.
+        OSError: A file is truncated or not in the safetensors format; the message names it.
     """
     keys: list[str] = []
     for file in checkpoint_files:
@@ -46,7 +46,8 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
                 keys.extend(tensors.keys())
         except SafetensorError as error:
             raise OSError(
-                f"The weight file '{file}' is truncated or damaged ({error}). Save or download it again."
+                f"The weight file '{file}' is truncated or damaged: not a complete safetensors file ({error}). "
+                "Save or download it again."
             ) from error
     return keys
 

@@ -159,6 +159,7 @@ class CoeMoE(nn.Module):
 
     def __init__(self, config: CoeConfig):
         super().__init__()
+        self.use_igate = config.use_igate
         self.gate = (
             nn.ModuleList([CoeRouter(config) for _ in range(config.inner_iter)])
             if config.use_igate
@@ -180,7 +181,7 @@ class CoeMoE(nn.Module):
         Returns:
             `torch.Tensor`: (B, S, H), `y_t` without any residual.
         """
-        router = self.gate[iteration] if isinstance(self.gate, nn.ModuleList) else self.gate
+        router = self.gate[iteration] if self.use_igate else self.gate
         _, top_k_weights, top_k_index = router(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
@@ -196,7 +197,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_sparse = config.is_sparse_layer(layer_idx)
         self.num_iterations = config.inner_iter
-        self.residual_rule = config.residual_rule if self.is_sparse else "prenorm"
+        self.residual_rule = config.residual_rule
         self.self_attn = DeepseekV2Attention(config, layer_idx)
         self.mlp = CoeMoE(config) if self.is_sparse else DeepseekV2MLP(config)
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -280,17 +281,24 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
         """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a folder
-        beside `save_directory` and moved there at the end. The folder also carries the code that it needs to load
-        with `trust_remote_code=True` where this package is not installed."""
+        beside `save_directory` and moved there at the end (not with `push_to_hub` or `distributed_checkpoint`). The
+        folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing."""
         self.config.auto_map = dict(_AUTO_MAP)
-        if push_to_hub or kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        in_place = push_to_hub or kwargs.get("distributed_checkpoint", False)
+        if in_place or not self.should_save_on_this_rank(is_main_process):
+            super().save_pretrained(save_directory, **kwargs)
             return
         with staged_directory(save_directory) as staging:
-            super().save_pretrained(staging, is_main_process, **kwargs)
+            super().save_pretrained(staging, **kwargs)
 
 
 @auto_docstring
@@ -443,11 +451,13 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
                 )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training and aux_loss is not None:
-                share = label_token_share(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
+                share = label_token_share(
+                    labels.to(loss.device), kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+                )
                 balancing = self.config.aux_loss_alpha * aux_loss
                 if router_z_loss is not None:
                     balancing = balancing + self.config.router_z_loss_coef * router_z_loss
-                loss = loss + (share * balancing).to(loss.device)
+                loss = loss + share * balancing.to(loss.device)
 
         return CoeCausalLMOutputWithPast(
             loss=loss,
