@@ -27,10 +27,10 @@ from transformers.utils import CONFIG_NAME
 from .configuration_coe import CoeConfig
 
 
-_CHAIN_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.((?:gate|experts)\..+)$")
-_EXPERT_KEY = re.compile(r"experts\.(\d+)\.")
+_LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_EXPERT_KEY = re.compile(r"mlp\.experts\.\d+\.")
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_FUSED_EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+_FUSED_EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
 def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
@@ -56,7 +56,8 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
     """Checks that a checkpoint has every router and exactly the experts of every sparse layer, in the official layout
     (one tensor per expert and projection) or in the fused one (one 3D tensor for all experts).
 
-    Without this check a missing router would be drawn at random, with only a warning.
+    Without this check a missing router would be drawn at random, with only a warning. A checkpoint without any layer
+    is left to transformers, which reports every weight as missing.
 
     Args:
         keys (`Iterable[str]`): Names of the checkpoint's tensors.
@@ -67,15 +68,17 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
     """
     found: dict[int, set[str]] = defaultdict(set)
     for key in keys:
-        if match := _CHAIN_KEY.search(key):
+        if match := _LAYER_KEY.search(key):
             found[int(match[1])].add(match[2])
+    if not found:
+        return
 
     experts = {
-        f"experts.{expert}.{projection}.weight"
+        f"mlp.experts.{expert}.{projection}.weight"
         for expert in range(config.n_routed_experts or 0)
         for projection in ("gate_proj", "up_proj", "down_proj")
     }
-    routers = {f"gate.{t}.weight" for t in range(config.inner_iter)} if config.use_igate else {"gate.weight"}
+    routers = {f"mlp.gate.{t}.weight" for t in range(config.inner_iter)} if config.use_igate else {"mlp.gate.weight"}
     problems = []
     for layer_idx in filter(config.is_sparse_layer, range(config.num_hidden_layers)):
         names = found[layer_idx]
@@ -87,7 +90,7 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
         ):
             if wrong:
                 shown = ", ".join(sorted(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-                problems.append(f"layers.{layer_idx}.mlp {kind} {shown}")
+                problems.append(f"layers.{layer_idx} {kind} {shown}")
     if problems:
         raise ValueError(
             "The checkpoint does not fit its configuration:\n  "
@@ -95,7 +98,7 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
             + f"\nThe configuration asks for `n_routed_experts={config.n_routed_experts}` and "
             f"`inner_iter={config.inner_iter}` with `use_igate={config.use_igate}` "
             f"(routers {'gate.0 ... gate.C-1' if config.use_igate else 'gate'}). Correct these fields or the "
-            "checkpoint, or pass `ignore_mismatched_sizes=True` to initialise what is missing at random."
+            "checkpoint, or pass `ignore_mismatched_sizes=True` to draw what does not fit at random."
         )
 
 

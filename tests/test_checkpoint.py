@@ -172,11 +172,11 @@ class TestBadCheckpoints:
                 del tensors[name]
 
         self.rewrite(folder, change)
-        self.fails(folder, "layers.1.mlp lacks experts.3.down_proj.weight", "n_routed_experts=8")
+        self.fails(folder, "layers.1 lacks mlp.experts.3.down_proj.weight", "n_routed_experts=8")
 
     def test_missing_projection(self, folder):
         self.rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.experts.7.up_proj.weight"))
-        self.fails(folder, "layers.0.mlp lacks experts.7.up_proj.weight")
+        self.fails(folder, "layers.0 lacks mlp.experts.7.up_proj.weight")
 
     def test_extra_expert(self, folder):
         def change(tensors):
@@ -185,22 +185,28 @@ class TestBadCheckpoints:
                 tensors[name.format(8, projection)] = tensors[name.format(0, projection)].clone()
 
         self.rewrite(folder, change)
-        self.fails(folder, "layers.0.mlp has, beyond the model's, experts.8.down_proj.weight", "n_routed_experts=8")
+        self.fails(folder, "layers.0 has, beyond the model's, mlp.experts.8.down_proj.weight", "n_routed_experts=8")
 
     def test_missing_fused_parameter(self, tmp_path):
         tiny_model().save_pretrained(tmp_path, save_original_format=False)
         self.rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj"))
-        self.fails(tmp_path, "layers.1.mlp lacks experts.down_proj")
+        self.fails(tmp_path, "layers.1 lacks mlp.experts.down_proj")
 
     def test_missing_router(self, folder):
         self.rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.gate.1.weight"))
-        self.fails(folder, "layers.0.mlp lacks gate.1.weight", "inner_iter=2", "use_igate=True")
+        self.fails(folder, "layers.0 lacks mlp.gate.1.weight", "inner_iter=2", "use_igate=True")
 
     def test_routers_of_the_other_kind(self, folder):
-        self.fails(folder, "lacks gate.weight", "use_igate=False", use_igate=False)
+        self.fails(folder, "lacks mlp.gate.weight", "use_igate=False", use_igate=False)
 
     def test_more_iterations_than_routers(self, folder):
-        self.fails(folder, "lacks gate.2.weight", "inner_iter=3", inner_iter=3)
+        self.fails(folder, "lacks mlp.gate.2.weight", "inner_iter=3", inner_iter=3)
+
+    def test_checkpoint_of_nothing_is_reported_by_transformers(self, folder):
+        save_file({"tensor": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert info["missing_keys"] == set(model.state_dict())
+        assert info["unexpected_keys"] == {"tensor"}
 
     def test_random_routers_on_request(self, folder):
         model = AutoModelForCausalLM.from_pretrained(folder, inner_iter=3, ignore_mismatched_sizes=True)
