@@ -260,7 +260,6 @@ _AUTO_MAP = {
 class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     config: CoeConfig
     _no_split_modules = ["CoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
         "attentions": DeepseekV2Attention,
@@ -316,6 +315,8 @@ class CoeModel(CoePreTrainedModel, DeepseekV2Model):
         self.norm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV2RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        if config.num_sparse_layers and config.topk_method == "noaux_tc":
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.post_init()
         # Training always records the routers; installed on first use, these hooks would break a compiled first call.
         maybe_install_capturing_hooks(self)

@@ -79,6 +79,18 @@ def test_round_trip(tmp_path, max_shard_size, official_layout, options, dtype):
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
+def test_selection_bias_stays_in_float32(tmp_path):
+    model = tiny_model(scoring_func="sigmoid", topk_method="noaux_tc")
+    biases = [buffer for name, buffer in model.named_buffers() if "correction_bias" in name]
+    for bias in biases:
+        torch.nn.init.normal_(bias)
+    model.save_pretrained(tmp_path)
+    loaded = load_cleanly(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    loaded_biases = [buffer for name, buffer in loaded.named_buffers() if "correction_bias" in name]
+    assert all(torch.equal(one, other) for one, other in zip(biases, loaded_biases, strict=True))
+
+
 def test_layouts_convert_both_ways(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "official")
