@@ -22,7 +22,7 @@ style: $(INSTALLED)
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -166,6 +166,19 @@ class CoeConfig(DeepseekV2Config):
         self.validate_chain()
         self.validate_routing()
 
+    def validate_attention(self) -> None:
+        """Raises `ValueError` where sizes that follow from others were left behind. Part of `@strict` validation."""
+        for name, source, value in (
+            ("num_key_value_heads", "num_attention_heads", self.num_attention_heads),
+            ("head_dim", "qk_rope_head_dim", self.qk_rope_head_dim),
+            ("qk_head_dim", "qk_nope_head_dim + qk_rope_head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim),
+        ):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but `{source}` is {value}: it was changed after "
+                    f"construction. Set `{name}` to {value} too."
+                )
+
     def validate_chain(self) -> None:
         """Raises `ValueError` where the fields of the chain exclude each other. Part of `@strict` validation."""
         _at_least(self, 1, "inner_iter", "moe_layer_freq", "moe_intermediate_size")
@@ -187,6 +200,8 @@ class CoeConfig(DeepseekV2Config):
             raise ValueError(f"`scoring_func` is {self.scoring_func!r}; choose one of {SCORING_FUNCTIONS}.")
         if self.topk_method not in TOPK_METHODS:
             raise ValueError(f"`topk_method` is {self.topk_method!r}; choose one of {TOPK_METHODS}.")
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"`routed_scaling_factor` is {self.routed_scaling_factor}; it must be greater than 0.")
         if self.n_shared_experts is not None:
             _at_least(self, 0, "n_shared_experts")
         if self.n_routed_experts is None:

@@ -66,7 +66,7 @@ def load_balancing_loss(
     num_experts, top_k = router_logits.shape[-1], router_indices.shape[-1]
     scores = router_scores(router_logits, scoring_func)
     if scoring_func != "softmax":
-        scores = scores / scores.sum(dim=-1, keepdim=True)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     chosen = torch.zeros_like(scores).scatter(-1, router_indices, 1.0)
 
     num_groups = batch_size if seq_aux else 1

@@ -20,17 +20,50 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from .configuration_coe import CoeConfig
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-_EXPERT_KEY = re.compile(r"mlp\.experts\.\d+\.")
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_FUSED_EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+# What a sparse layer has a fixed number of: routers and experts.
+_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.")
+# Fused parameter -> the projections it concatenates, under their names in the official layout.
+_FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_WEIGHT_FILE = re.compile(
+    r"model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<of_index>[\w-]+))?\.json)?"
+)
+
+
+def fuse_expert_weights(experts: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict` read the official layout too, one tensor per expert and projection.
+
+    A pre-hook of the experts module. `from_pretrained` converts the layout by itself; `Trainer` resumes a run, and
+    loads the best checkpoint at its end, with `load_state_dict` on the file as it is. A file that holds only some
+    experts, as a shard may, changes those alone.
+    """
+    for name, projections in _FUSED_PROJECTIONS.items():
+        keys = {
+            (expert, part): f"{prefix}{expert}.{projection}.weight"
+            for expert in range(experts.num_experts)
+            for part, projection in enumerate(projections)
+        }
+        stored = {place: state_dict.pop(key) for place, key in keys.items() if key in state_dict}
+        if not stored:
+            continue
+        parameter = getattr(experts, name).detach()
+        device = next(iter(stored.values())).device if parameter.is_meta else parameter.device
+        fused = torch.empty_like(parameter, device=device)
+        if not parameter.is_meta:
+            fused.copy_(parameter)
+        for (expert, part), tensor in stored.items():
+            fused[expert].chunk(len(projections))[part].copy_(tensor)
+        state_dict[prefix + name] = fused
 
 
 def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
@@ -41,20 +74,38 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
     """
     keys: list[str] = []
     for file in checkpoint_files:
+        if not str(file).endswith(".safetensors"):
+            raise OSError(f"The weight file '{file}' is not a safetensors file. Only these are read; convert it.")
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys.extend(tensors.keys())
         except SafetensorError as error:
             raise OSError(
-                f"The weight file '{file}' is truncated or damaged: not a complete safetensors file ({error}). "
-                "Save or download it again."
+                f"The weight file '{file}' is truncated or damaged ({error}). Save or download it again."
             ) from error
     return keys
 
 
+def expected_keys(config: CoeConfig, fused: bool) -> set[str]:
+    """Names of a sparse layer's routers and experts, in the fused layout or in the official one."""
+    routers = [f"mlp.gate.{t}" for t in range(config.inner_iter)] if config.use_igate else ["mlp.gate"]
+    keys = {f"{router}.weight" for router in routers}
+    if config.topk_method == "noaux_tc":
+        keys |= {f"{router}.e_score_correction_bias" for router in routers}
+    if config.n_shared_experts:
+        keys |= {f"mlp.shared_experts.{projection}_proj.weight" for projection in ("gate", "up", "down")}
+    for name, projections in _FUSED_PROJECTIONS.items():
+        if fused:
+            keys.add(f"mlp.experts.{name}")
+        else:
+            for expert in range(config.n_routed_experts):
+                keys |= {f"mlp.experts.{expert}.{projection}.weight" for projection in projections}
+    return keys
+
+
 def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
-    """Checks that a checkpoint has every router and exactly the experts of every sparse layer, in the official layout
-    (one tensor per expert and projection) or in the fused one (one 3D tensor for all experts).
+    """Checks that a checkpoint has exactly the routers and experts of every sparse layer, in the official layout (one
+    tensor per expert and projection) or in the fused one (one 3D tensor for all experts).
 
     Without this check a missing router would be drawn at random, with only a warning. A checkpoint without any layer
     is left to transformers, which reports every weight as missing.
@@ -73,21 +124,12 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
     if not found:
         return
 
-    experts = {
-        f"mlp.experts.{expert}.{projection}.weight"
-        for expert in range(config.n_routed_experts or 0)
-        for projection in ("gate_proj", "up_proj", "down_proj")
-    }
-    routers = {f"mlp.gate.{t}.weight" for t in range(config.inner_iter)} if config.use_igate else {"mlp.gate.weight"}
     problems = []
     for layer_idx in filter(config.is_sparse_layer, range(config.num_hidden_layers)):
         names = found[layer_idx]
-        fused = bool(names & _FUSED_EXPERTS)
-        extra = {name for name in names if _EXPERT_KEY.match(name)} - (set() if fused else experts)
-        for kind, wrong in (
-            ("lacks", (routers | (_FUSED_EXPERTS if fused else experts)) - names),
-            ("has, beyond the model's,", extra),
-        ):
+        expected = expected_keys(config, fused=any(f"mlp.experts.{name}" in names for name in _FUSED_PROJECTIONS))
+        counted = {name for name in names if _COUNTED_KEY.match(name)}
+        for kind, wrong in (("lacks", expected - names), ("has, beyond the model's,", counted - expected)):
             if wrong:
                 shown = ", ".join(sorted(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
                 problems.append(f"layers.{layer_idx} {kind} {shown}")
@@ -95,37 +137,57 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
         raise ValueError(
             "The checkpoint does not fit its configuration:\n  "
             + "\n  ".join(problems)
-            + f"\nThe configuration asks for `n_routed_experts={config.n_routed_experts}` and "
-            f"`inner_iter={config.inner_iter}` with `use_igate={config.use_igate}` "
-            f"(routers {'gate.0 ... gate.C-1' if config.use_igate else 'gate'}). Correct these fields or the "
-            "checkpoint, or pass `ignore_mismatched_sizes=True` to draw what does not fit at random."
+            + f"\nThe configuration asks for `n_routed_experts={config.n_routed_experts}`, "
+            f"`n_shared_experts={config.n_shared_experts}` and `inner_iter={config.inner_iter}` with "
+            f"`use_igate={config.use_igate}` (routers {'gate.0 ... gate.C-1' if config.use_igate else 'gate'}). "
+            "Correct these fields or the checkpoint, or pass `ignore_mismatched_sizes=True` to drop what is too much "
+            "and to draw what is missing at random."
         )
+
+
+def _weight_variant(name: str) -> str | None:
+    """The variant a weight file belongs to (`""` for the plain one), or `None` for other files."""
+    match = _WEIGHT_FILE.fullmatch(name)
+    return None if match is None else match["variant"] or match["of_index"] or ""
 
 
 @contextmanager
 def staged_directory(target: str | Path) -> Iterator[Path]:
     """Lets a folder be written whole or not at all.
 
-    Yields an empty folder beside `target`. When the block ends its files replace those of `target`, weight files of an
-    older save included; when it raises, they are deleted and `target` is as it was. While an existing folder is being
-    replaced it has no `config.json`, so that it does not load.
+    Yields an empty hidden folder inside `target`. When the block ends its files replace those of `target`, all weight
+    files of an older save included. When the block or the replacing raises, `target` is as it was. While files are
+    being replaced there is no `config.json`, so that a process killed then leaves nothing that loads.
     """
-    target = Path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+    target = Path(target)
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=target))
+    replaced = Path(tempfile.mkdtemp(prefix=".", suffix=".replaced", dir=target))
+    moves: list[tuple[Path, Path]] = []
+
+    def move(file: Path, folder: Path) -> None:
+        moves.append((file, folder / file.name))
+        file.replace(folder / file.name)
+
     try:
         yield staging
-        target.mkdir(exist_ok=True)
-        # The configuration comes last, and its predecessor goes first.
-        files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME)
-        names = {file.name for file in files}
-        if CONFIG_NAME in names:
-            (target / CONFIG_NAME).unlink(missing_ok=True)
-        if any(_WEIGHT_FILE.fullmatch(name) for name in names):
-            for stale in target.iterdir():
-                if _WEIGHT_FILE.fullmatch(stale.name) and stale.name not in names:
-                    stale.unlink()
-        for file in files:
-            file.replace(target / file.name)
+        # The old configuration goes first, the new one comes last.
+        new = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME)
+        names = {file.name for file in new}
+        variants = {_weight_variant(name) for name in names} - {None}
+        old = [file for file in target.iterdir() if file.name in names or _weight_variant(file.name) in variants]
+        for file in sorted(old, key=lambda file: file.name != CONFIG_NAME):
+            move(file, replaced)
+        for file in new:
+            move(file, target)
+    except BaseException:
+        for source, destination in reversed(moves):
+            if destination.exists():
+                destination.replace(source)
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        for folder in (staging, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()

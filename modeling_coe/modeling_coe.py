@@ -33,11 +33,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -45,7 +48,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Attention,
@@ -63,7 +66,7 @@ from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
 from .balancing import balancing_losses, label_token_share, router_scores
-from .checkpoint import check_chain_keys, read_keys, staged_directory
+from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
 from .configuration_coe import CoeConfig
 
 
@@ -124,6 +127,10 @@ class CoeExperts(DeepseekV2Experts):
 
     `experts_implementation` decides which kernel computes them; this forward is the `"eager"` one.
     """
+
+    def __init__(self, config: CoeConfig):
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(fuse_expert_weights)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -273,11 +280,27 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
             init.zeros_(module.e_score_correction_bias)
 
+    @classmethod
+    def _model_class(cls) -> type:
+        """This class, or the one below it where FSDP2 made `cls`, whose module is torch's."""
+        return next(base for base in cls.__mro__ if not issubclass(base, FSDPModule))
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        # transformers would save the code of the module that FSDP2's class is from.
+        return super().is_remote_code() and cls is cls._model_class()
+
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config):
-        if state_dict is None and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
-            check_chain_keys(read_keys(checkpoint_files), model.config)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        # Given tensors and adapters (which name the keys they expect) need not be whole models.
+        is_whole_model = state_dict is None and "expected_keys" not in kwargs
+        if is_whole_model and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
+            keys = read_keys(checkpoint_files)
+            for transform in load_config.weight_mapping or []:
+                if isinstance(transform, WeightRenaming):
+                    keys = [transform.rename_source_key(key)[0] for key in keys]
+            check_chain_keys(keys, model.config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
     def save_pretrained(
         self,
@@ -285,19 +308,39 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
         **kwargs,
     ) -> None:
-        """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a folder
-        beside `save_directory` and moved there at the end (not with `push_to_hub` or `distributed_checkpoint`). The
+        """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a hidden
+        folder inside `save_directory` and moved at the end (not with `push_to_hub` or `distributed_checkpoint`). The
         folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing."""
-        self.config.auto_map = dict(_AUTO_MAP)
-        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        if self._model_class().__module__ == __name__:  # the code of a subclass elsewhere is its author's to map
+            self.config.auto_map = dict(_AUTO_MAP)
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
         in_place = push_to_hub or kwargs.get("distributed_checkpoint", False)
         if in_place or not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        with staged_directory(save_directory) as staging:
-            super().save_pretrained(staging, **kwargs)
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        else:
+            with staged_directory(save_directory) as staging:
+                if isinstance(self, FSDPModule):
+                    custom_object_save(CoePreTrainedModel, staging)
+                super().save_pretrained(staging, **kwargs)
+        # The parent's barrier came before the files were in place.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+
+@dataclass
+class CoeModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Output of [`CoeModel`].
+
+    Args:
+        router_indices (`tuple[torch.Tensor, ...]`, *optional*):
+            Experts (T, K) chosen in every router call, in the order of `router_logits`, with
+            `output_router_indices=True`.
+    """
+
+    router_indices: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring
@@ -320,6 +363,28 @@ class CoeModel(CoePreTrainedModel, DeepseekV2Model):
         self.post_init()
         # Training always records the routers; installed on first use, these hooks would break a compiled first call.
         maybe_install_capturing_hooks(self)
+
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CoeModelOutputWithPast:
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return outputs if isinstance(outputs, tuple) else CoeModelOutputWithPast(**outputs)
 
 
 @dataclass
@@ -378,7 +443,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         keywords = getattr(checkpointing_func, "keywords", {"use_reentrant": False})
         if self.needs_balancing and keywords.get("use_reentrant") is not False:
             raise ValueError(
-                "Checkpointing with `use_reentrant=True` cuts the gradient of the router losses "
+                "Checkpointing with `use_reentrant=True`, or with it unset, cuts the gradient of the router losses "
                 f"(`aux_loss_alpha={self.config.aux_loss_alpha}`, "
                 f"`router_z_loss_coef={self.config.router_z_loss_coef}`). Use `use_reentrant=False`, or set both to 0."
             )

@@ -38,14 +38,17 @@ def compare(parallel, single, shares_batch: bool) -> None:
         expected = single.eval()(mine).logits
         torch.testing.assert_close(whole(parallel.eval()(mine).logits), expected, atol=1e-5, rtol=1e-4)
 
+    num_items = torch.tensor(input_ids[:, 1:].numel())
     losses = {}
     for name, model, batch in (("single", single, input_ids), ("parallel", parallel, mine)):
-        loss = model.train()(batch, labels=batch).loss
+        loss = model.train()(batch, labels=batch, num_items_in_batch=num_items).loss
+        if batch.shape != input_ids.shape:  # as `Trainer` does: data parallel averages gradients that are to add up
+            loss = loss * dist.get_world_size()
         loss.backward()
         losses[name] = loss.detach().clone()
-    if not shares_batch:  # two half batches whose gradients FSDP averages
+    if not shares_batch:
         dist.all_reduce(losses["parallel"], op=dist.ReduceOp.SUM)
-        losses["parallel"] /= 2
+        losses["parallel"] /= dist.get_world_size()
     torch.testing.assert_close(losses["parallel"], losses["single"], atol=1e-5, rtol=1e-5)
 
     expected, actual = whole_gradients(single), whole_gradients(parallel)
@@ -74,11 +77,14 @@ def main() -> None:
         compare(parallel, single, shares_batch="tp_size" in layout)
 
     parallel.save_pretrained(args.save, is_main_process=dist.get_rank() == 0)
-    dist.barrier()
+    reloaded = AutoModelForCausalLM.from_pretrained(args.save)  # on every rank, at once
+    for name, tensor in single.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], tensor), name
+    assert {file.stem for file in args.save.glob("*.py")} == {
+        *("modeling_coe", "configuration_coe", "balancing", "checkpoint")
+    }
+    assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
     if dist.get_rank() == 0:
-        reloaded = AutoModelForCausalLM.from_pretrained(args.save)
-        for name, tensor in single.state_dict().items():
-            assert torch.equal(reloaded.state_dict()[name], tensor), name
         print(json.dumps({"layout": args.layout, "backends": args.backends}))
     dist.barrier()
     dist.destroy_process_group()

@@ -103,6 +103,28 @@ def test_padding_does_not_count(seq_aux):
     torch.testing.assert_close(output.router_z_loss, (z_losses * tokens).sum() / tokens.sum())
 
 
+@pytest.mark.parametrize("seq_aux", [True, False])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+def test_the_model_balances_every_router_call_as_configured(seq_aux, scoring_func):
+    model = tiny_model(seq_aux=seq_aux, scoring_func=scoring_func, inner_iter=3)
+    input_ids = random_ids(2, 7)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    output = model(input_ids, attention_mask=mask, output_router_logits=True)
+    expected = sum(
+        naive_load_balancing_loss(logits, indices, 2, scoring_func, seq_aux, mask.bool())
+        for logits, indices in zip(output.router_logits, output.router_indices, strict=True)
+    )
+    torch.testing.assert_close(output.aux_loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_vanishing_sigmoid_scores_give_a_finite_loss():
+    loss = load_balancing_loss(
+        torch.full((3, 4), -120.0), torch.zeros(3, 1).long(), batch_size=1, scoring_func="sigmoid"
+    )
+    assert torch.isfinite(loss)
+
+
 @pytest.mark.parametrize("output_router_logits", [False, True])
 def test_loss_in_training_is_cross_entropy_plus_aux(output_router_logits):
     model = tiny_model(aux_loss_alpha=0.1, router_z_loss_coef=0.01)
@@ -169,6 +191,30 @@ def test_label_token_share():
     assert label_token_share(labels, 12).item() == pytest.approx(0.25)
     assert label_token_share(labels, 4, shift_labels=labels).item() == pytest.approx(1.0)
     assert label_token_share(labels, None) == 1.0
+
+
+def test_shifted_labels_count_as_they_are():
+    model = tiny_model(aux_loss_alpha=1.0).train()
+    input_ids = random_ids(1, 8)
+    shifted = torch.full_like(input_ids, -100)
+    shifted[0, 2:5] = input_ids[0, 3:6]
+    output = model(input_ids, labels=input_ids, shift_labels=shifted, num_items_in_batch=torch.tensor(6))
+    logits = output.logits[0, 2:5]
+    cross_entropy = torch.nn.functional.cross_entropy(logits, input_ids[0, 3:6], reduction="sum") / 6
+    torch.testing.assert_close(output.loss, cross_entropy + 0.5 * output.aux_loss)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_generation_may_return_router_logits(cache):
+    """The padding mask then covers past tokens too; only those of this step count."""
+    model = tiny_model(output_router_logits=True)
+    batch = random_ids(2, 6)
+    batch[0, :2] = 0
+    mask = (batch != 0).long()
+    generated = model.generate(
+        batch, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, **cache
+    )
+    assert generated.shape == (2, 9)
 
 
 def test_checkpointing_leaves_all_gradients_as_they_are():

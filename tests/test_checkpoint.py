@@ -1,7 +1,11 @@
 """Saving and loading: both layouts, shards, dtypes, what is refused, and what a failed save leaves behind."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from modeling_coe import CoeConfig, CoeForCausalLM, CoeForSequenceClassification
 from .helpers import random_ids, tiny_config, tiny_model
 
 
+ROOT = Path(__file__).resolve().parents[1]
 FUSED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 PER_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 
@@ -214,6 +219,36 @@ class TestBadCheckpoints:
     def test_more_iterations_than_routers(self, folder):
         self.fails(folder, "lacks mlp.gate.2.weight", "inner_iter=3", inner_iter=3)
 
+    def test_missing_shared_expert(self, folder):
+        self.rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.shared_experts.up_proj.weight"))
+        self.fails(folder, "layers.0 lacks mlp.shared_experts.up_proj.weight", "n_shared_experts=1")
+
+    def test_missing_selection_bias(self, tmp_path):
+        tiny_model(scoring_func="sigmoid", topk_method="noaux_tc").save_pretrained(tmp_path)
+        self.rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.gate.0.e_score_correction_bias"))
+        self.fails(tmp_path, "layers.1 lacks mlp.gate.0.e_score_correction_bias")
+
+    def test_fewer_iterations_than_routers(self, folder):
+        self.fails(folder, "has, beyond the model's, mlp.gate.1.weight", "inner_iter=1", inner_iter=1)
+        model = AutoModelForCausalLM.from_pretrained(folder, inner_iter=1, ignore_mismatched_sizes=True)
+        assert len(model.model.layers[0].mlp.gate) == 1
+
+    def test_pickled_weights(self, folder):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        self.fails(folder, "pytorch_model.bin", "not a safetensors file", error=OSError)
+
+    def test_names_are_checked_after_the_callers_renaming(self, folder):
+        expected = load_cleanly(folder)
+
+        def change(tensors):
+            for name in [name for name in tensors if ".gate." in name]:
+                tensors[name.replace(".gate.", ".router.")] = tensors.pop(name)
+
+        self.rewrite(folder, change)
+        self.fails(folder, "lacks mlp.gate.0.weight")
+        assert_same_tensors(expected, load_cleanly(folder, key_mapping={r"\.mlp\.router\.": ".mlp.gate."}))
+
     def test_checkpoint_of_nothing_is_reported_by_transformers(self, folder):
         save_file({"tensor": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -289,24 +324,98 @@ class TestFailedSave:
         assert len(stored_tensors(folder)) == sum(len(load_file(f)) for f in folder.glob("*.safetensors"))
         assert (folder / "tokenizer.json").read_text() == "kept"
 
-    def test_a_half_replaced_folder_does_not_load(self, tmp_path, monkeypatch):
-        folder = tmp_path / "model"
-        tiny_model(seed=1).save_pretrained(folder, max_shard_size="40KB")
+    def test_overwriting_a_variant_leaves_the_plain_checkpoint(self, tmp_path):
+        plain, first, second = (tiny_model(seed=seed) for seed in range(3))
+        plain.save_pretrained(tmp_path)
+        first.save_pretrained(tmp_path, variant="fp16", max_shard_size="40KB")
+        second.save_pretrained(tmp_path, variant="fp16")
+        assert_same_tensors(plain, load_cleanly(tmp_path))
+        assert_same_tensors(second, load_cleanly(tmp_path, variant="fp16"))
+        weights = {file.name for file in tmp_path.glob("model*") if file.suffix != ".py"}
+        assert weights == {"model.safetensors", "model.fp16.safetensors"}
 
+    def test_a_failure_while_replacing_is_undone(self, tmp_path, monkeypatch):
+        folder, old = tmp_path / "model", tiny_model(seed=1)
+        old.save_pretrained(folder, max_shard_size="40KB")
+        before = {file.name for file in folder.iterdir()}
         replace, moved = Path.replace, []
 
-        def interrupted(source, target):
-            if len(moved) == 3:
-                raise KeyboardInterrupt
+        def fails_once(source, target):
             moved.append(target)
+            if len(moved) == len(before) + 4:  # all old files are aside, some new ones are in place
+                raise OSError(28, "No space left on device")
             return replace(source, target)
 
-        monkeypatch.setattr(Path, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(Path, "replace", fails_once)
+        with pytest.raises(OSError, match="No space left"):
             tiny_model(seed=2).save_pretrained(folder, max_shard_size="40KB")
-        monkeypatch.undo()
+        assert {file.name for file in folder.iterdir()} == before
+        assert_same_tensors(old, load_cleanly(folder))
+
+    def test_a_process_killed_while_replacing_leaves_nothing_that_loads(self, tmp_path):
+        folder = tmp_path / "model"
+        script = f"""
+import os, signal
+from pathlib import Path
+from tests.helpers import tiny_model
+
+tiny_model(seed=1).save_pretrained({str(folder)!r}, max_shard_size="40KB")
+replace, moved = Path.replace, []
+
+def killed(source, target):
+    moved.append(target)
+    if len(moved) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(source, target)
+
+Path.replace = killed
+tiny_model(seed=2).save_pretrained({str(folder)!r}, max_shard_size="40KB")
+"""
+        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert run.returncode == -signal.SIGKILL
+        assert not (folder / "config.json").exists()
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)
+        new = tiny_model(seed=3)
+        new.save_pretrained(folder)
+        assert_same_tensors(new, load_cleanly(folder))
+
+
+def test_state_dict_of_either_layout_loads_in_place(tmp_path):
+    """As `Trainer` does to resume a run: `load_state_dict` on a saved file, whole or shard by shard."""
+    saved = tiny_model(seed=1)
+    for official_layout in (True, False):
+        saved.save_pretrained(tmp_path, max_shard_size="40KB", save_original_format=official_layout)
+        tensors = stored_tensors(tmp_path)
+        model = tiny_model(seed=2)
+        model.load_state_dict(tensors)
+        assert_same_tensors(saved, model)
+        model = tiny_model(seed=2)
+        for shard in tmp_path.glob("*.safetensors"):
+            model.load_state_dict(load_file(shard), strict=False)
+        assert_same_tensors(saved, model)
+        with torch.device("meta"):
+            model = CoeForCausalLM(saved.config)
+        model.load_state_dict(tensors, assign=True)
+        assert_same_tensors(saved, model)
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")  # PEFT reads a deprecated property of transformers
+def test_adapter_folder_loads_through_the_auto_class(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        target_modules=["q_proj", "o_proj"], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False
+    )
+    adapted = get_peft_model(load_cleanly(tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    input_ids = random_ids(2, 7)
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids).logits
+        actual = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(input_ids).logits
+        assert not torch.allclose(expected, load_cleanly(tmp_path / "base")(input_ids).logits)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_saved_folder_names_its_code(tmp_path):

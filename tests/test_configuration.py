@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from configuration_coe import CoeConfig
+from modeling_coe import CoeModel
 
 from .helpers import RESIDUAL_FLAGS, tiny_config, tiny_model
 
@@ -105,6 +106,7 @@ def test_residual_rules(rule, flags):
         ({"init_residual": True, "inner_residual": False, "outer_residual": True}, ["outer_residual=True"]),
         ({"prenorm_residual": True, "outer_residual": True}, ["prenorm_residual", "outer_residual=True"]),
         ({"prenorm_residual": True, "inner_residual": False}, ["prenorm_residual", "inner_residual=False"]),
+        ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor", "0.0"]),
         ({"model_type": "llama"}, ["model_type", "llama", "AutoConfig"]),
     ],
 )
@@ -118,12 +120,20 @@ def test_bad_values_name_field_value_and_remedy(fields, named):
 def test_fields_set_later_are_checked_when_a_model_is_built(tmp_path):
     config = tiny_config()
     config.num_experts_per_tok = 100
-    from modeling_coe import CoeModel
-
     with pytest.raises(StrictDataclassError, match="num_experts_per_tok"):
         CoeModel(config)
     with pytest.raises(StrictDataclassError, match="num_experts_per_tok"):
         config.save_pretrained(tmp_path)
+
+
+def test_sizes_that_follow_from_others_are_not_left_behind(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, num_attention_heads=8)
+    with pytest.raises(StrictDataclassError, match="`num_key_value_heads` is 4, but `num_attention_heads` is 8"):
+        CoeModel(config)
+    config = AutoConfig.from_pretrained(tmp_path, qk_rope_head_dim=16)
+    with pytest.raises(StrictDataclassError, match="`head_dim` is 8, but `qk_rope_head_dim` is 16"):
+        CoeModel(config)
 
 
 def test_aliases_that_the_ecosystem_reads():

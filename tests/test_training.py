@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .helpers import random_ids, tiny_model
 
@@ -63,6 +64,35 @@ def test_accumulation_equals_one_large_batch(tmp_path, checkpointing):
             torch.testing.assert_close(results[batch_size][1][name], tensor, atol=1e-5, rtol=1e-3)
 
 
+def test_a_resumed_run_repeats_the_losses(tmp_path):
+    """Plain `Trainer`: its checkpoints hold one tensor per expert, which it reads with `load_state_dict`."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+    whole = train(tmp_path, tiny_model(), examples(12), **options)
+    trainer = Trainer(model=tiny_model(seed=5), args=arguments(tmp_path, **options), train_dataset=examples(12))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert resumed == [entry["loss"] for entry in whole]
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    data = examples(4)
+    options = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.5,  # so high that the first evaluation is the best
+    }
+    model = tiny_model()
+    trainer = Trainer(model=model, args=arguments(tmp_path, **options), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    for name, tensor in best.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_evaluation_loss_is_the_cross_entropy(tmp_path):
     model = tiny_model(aux_loss_alpha=10.0)
     data = examples(4)
@@ -86,7 +116,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_trl_sft_trainer(tmp_path, tokenizer):
-    """TRL finds the coefficient, logs the unscaled aux loss and adds it to the loss once."""
+    """TRL finds the coefficient, logs the unscaled aux loss and adds it to the loss once. Its `SFTTrainer` replaces
+    the model's forward: from our router logits it computes transformers' pooled loss, which is K at balance."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -116,5 +147,9 @@ def test_trl_sft_trainer(tmp_path, tokenizer):
         losses[coefficient] = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert "aux_loss" not in losses[0.0]
     aux_loss = losses[0.5]["aux_loss"]
-    assert 2 < aux_loss < 16  # two layers, two iterations, at least about 1 each
+    batch = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    router_logits = tiny_model()(**batch, output_router_logits=True).router_logits
+    expected = load_balancing_loss_func(router_logits, 8, 2, batch["attention_mask"])
+    assert aux_loss == pytest.approx(expected.item(), rel=1e-3)
     assert losses[0.5]["loss"] - losses[0.0]["loss"] == pytest.approx(0.5 * aux_loss, rel=1e-2)

@@ -205,6 +205,20 @@ def test_parallel_plans_name_modules_that_exist():
     assert config.base_model_tp_plan is not DeepseekV2Config.base_model_tp_plan
 
 
+def test_outputs_are_pytrees():
+    """As FSDP, DDP and export take them apart and put them together."""
+    model = tiny_model().train()
+    input_ids = random_ids(1, 6)
+    for output in (
+        model(input_ids, labels=input_ids, output_router_logits=True),
+        model.model(input_ids, output_router_logits=True, output_router_indices=True),
+    ):
+        again = torch.utils._pytree.tree_map(lambda leaf: leaf, output)
+        assert type(again) is type(output)
+        assert again.keys() == output.keys()
+        assert len(output.router_indices) == 4
+
+
 def test_a_copy_is_independent():
     """The recording hooks of a model see that model alone."""
     model = tiny_model()
