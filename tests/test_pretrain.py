@@ -1,0 +1,374 @@
+"""`examples/pretrain.py` and its built-in data: what is generated, packed, reported and refused, and resuming."""
+
+import importlib
+import json
+import operator
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+arithmetic = importlib.import_module("arithmetic")
+pretrain = importlib.import_module("pretrain")
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+TEMPLATES = arithmetic.TRAINING_TEMPLATES + arithmetic.HELD_OUT_TEMPLATES
+TINY_RUN = [
+    *("--hidden-size", "16", "--num-layers", "1", "--num-heads", "2", "--num-experts", "4", "--expert-width", "8"),
+    *("--vocab-size", "300", "--block-size", "32", "--batch-size", "2", "--steps", "32", "--warmup-steps", "4"),
+    *("--log-steps", "1", "--eval-steps", "16", "--eval-blocks", "3", "--save-steps", "4"),
+    *("--num-problems", "1", "--num-samples", "1", "--max-new-tokens", "8"),
+]
+
+
+def problems(split: str, count: int, seed: int = 0) -> list:
+    return list(islice(arithmetic.Problems(seed, split), count))
+
+
+def pairs(count: int) -> list:
+    return [pretrain.Example(problem.question, problem.answer) for problem in problems("train", count)]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [{"question": example.prompt, "answer": example.answer} for example in pairs(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrain.train_tokenizer(pairs(200), 400)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Few enough rows that a tiny run passes over them several times."""
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
+
+
+class TestArithmetic:
+    def test_a_problem_is_a_function_of_seed_split_and_index(self):
+        assert arithmetic.Problems(0, "train")[7] == problems("train", 8)[7]
+        texts = {problems(split, 1, seed)[0].question for split in arithmetic.SPLITS for seed in range(3)}
+        assert len(texts) == 9
+
+    def test_problems_are_the_same_on_every_machine(self):
+        problem = arithmetic.Problems(0, "train")[1]
+        assert problem.question.startswith("Hugo has 6 marbles. Felix has 6 times as many. Felix finds 8 more.")
+        assert problem.answer.splitlines() == [
+            "Felix has 6 * 6 = 36 marbles.",
+            "Then Felix has 36 + 8 = 44 marbles.",
+            "Together they have 6 + 44 = 50 marbles.",
+            "#### 50",
+        ]
+
+    def test_splits_are_disjoint(self):
+        seen = {split: problems(split, 3000) for split in arithmetic.SPLITS}
+        names = {split: {problem.template.name for problem in seen[split]} for split in seen}
+        assert names["train"] == names["numbers"] == {template.name for template in arithmetic.TRAINING_TEMPLATES}
+        assert names["templates"] == {template.name for template in arithmetic.HELD_OUT_TEMPLATES}
+        assert not names["train"] & names["templates"]
+        numbers = {
+            split: {(problem.template.name, *sorted(problem.numbers.items())) for problem in seen[split]}
+            for split in seen
+        }
+        assert not numbers["train"] & numbers["numbers"]
+
+    def test_templates_are_varied(self):
+        assert len(arithmetic.TRAINING_TEMPLATES) >= 12
+        assert len({template.name for template in TEMPLATES}) == len(TEMPLATES)
+        for template in TEMPLATES:
+            assert 2 <= len(template.steps) <= 4
+            assert template.question.count(". ") >= 1 and template.question.endswith("?")
+
+    @pytest.mark.parametrize("split", arithmetic.SPLITS)
+    def test_solutions_are_right(self, split):
+        for problem in problems(split, 500):
+            *lines, last = problem.answer.splitlines()
+            known = set(re.findall(r"\d+", problem.question)) | {"2"}
+            for line in lines:
+                left, operation, right, result = re.search(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
+                assert OPERATIONS[operation](int(left), int(right)) == int(result) > 0
+                assert {left, right} <= known, "a step may only use what is known before it"
+                known.add(result)
+            assert last == f"#### {result}"
+            assert "{" not in problem.question + problem.answer
+
+    def test_unknown_split(self):
+        with pytest.raises(ValueError, match=r"`split` is 'test'; choose one of"):
+            arithmetic.Problems(0, "test")
+
+
+class TestData:
+    def test_packing_joins_and_cuts(self, tokenizer):
+        blocks = pretrain.pack(pairs(20), tokenizer, block_size=32, max_blocks=10_000)
+        expected = []
+        for prompt, answer in pairs(20):
+            expected += tokenizer(prompt + "\n")["input_ids"] + tokenizer(answer)["input_ids"]
+            expected.append(tokenizer.eos_token_id)
+        assert blocks.shape == (len(expected) // 32, 32)
+        assert blocks.flatten().tolist() == expected[: blocks.numel()]
+
+    def test_packing_stops_when_it_has_enough(self, tokenizer):
+        endless = pretrain.ArithmeticExamples(0, "train")
+        blocks = pretrain.pack(endless, tokenizer, block_size=16, max_blocks=5)
+        assert blocks.shape == (5, 16)
+        assert torch.equal(blocks, pretrain.pack(endless, tokenizer, block_size=16, max_blocks=50)[:5])
+
+    def test_packing_too_little(self, tokenizer):
+        assert pretrain.pack(pairs(1), tokenizer, block_size=4096, max_blocks=5).shape == (0, 4096)
+
+    def test_trained_tokenizer(self, tokenizer, tmp_path):
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert loaded.padding_side == "left"
+        assert None not in (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+        assert loaded.pad_token_id != loaded.eos_token_id
+        assert len(loaded("1234", add_special_tokens=False)["input_ids"]) == 4
+        text = "Zoë's 12 ÷ 3 = 4 🙂\n"
+        assert loaded.decode(loaded(text)["input_ids"]) == text
+
+    def test_folder_with_splits(self, tmp_path):
+        write_rows(tmp_path / "train.jsonl", 5)
+        write_rows(tmp_path / "test.jsonl", 2)
+        argv = ["--output-dir", str(tmp_path / "run"), "--data", str(tmp_path), "--eval-data", str(tmp_path)]
+        corpus = pretrain.load_corpus(pretrain.parse_arguments(argv))
+        assert sorted(corpus.train) == sorted(pairs(5))
+        assert corpus.held_out == {"held_out": pairs(2)}
+
+    def test_held_out_part_of_a_file(self, data):
+        argv = ["--output-dir", "run", "--data", str(data), "--eval-fraction", "0.25"]
+        corpus = pretrain.load_corpus(pretrain.parse_arguments(argv))
+        assert len(corpus.held_out["held_out"]) == 3
+        assert sorted(corpus.train + corpus.held_out["held_out"]) == sorted(pairs(12))
+        assert pretrain.load_corpus(pretrain.parse_arguments(argv)) == corpus
+
+    def test_unigram_loss(self):
+        train, held_out = torch.tensor([[0, 1, 1, 3]]), torch.tensor([[3, 1, 2], [0, 0, 1]])
+        # counts with one added: 2, 3, 1, 2 of 8; targets: 1, 2, 0, 1
+        expected = -(torch.tensor([3, 1, 2, 3]) / 8).log().mean().item()
+        assert pretrain.unigram_loss(train, held_out, vocab_size=4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 4 = 7 pens.\n#### 7", "7"),
+        ("#### 1,234\nmore", "1234"),
+        ("####-5.", "-5"),
+        ("#### 2.50 dollars", "2.50"),
+        ("#### 7 #### 8", "7"),
+        ("#### none", None),
+        ("the answer is 7", None),
+    ],
+)
+def test_final_answer(text, answer):
+    assert pretrain.final_answer(text) == answer
+
+
+def test_exact_match():
+    examples = [pretrain.Example("", "#### 1"), pretrain.Example("", "#### 1,000")]
+    assert pretrain.exact_match(examples, ["so\n#### 1", "#### 1000"]) == 1.0
+    assert pretrain.exact_match(examples, ["1", "#### 1000"]) == 0.5
+    assert pretrain.exact_match([pretrain.Example("", "no mark")], ["no mark"]) is None
+
+
+def write_checkpoint(output_dir: Path, step: int, state: str = '{"global_step": %d}', without: str = "") -> Path:
+    """An imitated checkpoint: `is_complete` looks at names and at the trainer's state."""
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    names = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for name in names - {without}:
+        (folder / name).touch()
+    if without != "trainer_state.json":
+        (folder / "trainer_state.json").write_text(state.replace("%d", str(step)))
+    return folder
+
+
+class TestCheckpoints:
+    def test_newest_complete_is_chosen_and_halves_are_deleted(self, tmp_path, capsys):
+        write_checkpoint(tmp_path, 2)
+        newest = write_checkpoint(tmp_path, 10)  # after 9 in numbers, before it in letters
+        write_checkpoint(tmp_path, 9)
+        halves = [
+            write_checkpoint(tmp_path, 11, state='{"global_step": 1'),
+            write_checkpoint(tmp_path, 12, without="trainer_state.json"),
+            write_checkpoint(tmp_path, 13, without="optimizer.pt"),
+            write_checkpoint(tmp_path, 14, without="config.json"),
+            tmp_path / "model" / ".abc.partial",
+        ]
+        halves[-1].mkdir(parents=True)
+        assert pretrain.newest_complete_checkpoint(tmp_path) == newest
+        printed = capsys.readouterr().out
+        for half in halves:
+            assert not half.exists() and half.name in printed
+        assert [path.name for path in pretrain.checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (2, 9, 10)]
+
+    def test_none_is_complete(self, tmp_path):
+        write_checkpoint(tmp_path, 2, state="")
+        assert pretrain.newest_complete_checkpoint(tmp_path) is None
+
+
+class TestErrors:
+    def fails(self, *argv: str | Path) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            pretrain.main([str(word) for word in argv])
+        return str(exit_info.value)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--steps 0", "--steps is 0; it must be 1 or more"),
+            ("--lr 0", "--lr is 0.0; it must be more than 0"),
+            ("--top-k 9", "`num_experts_per_tok` is 9, .*--help tells which option sets which field"),
+            ("--hidden-size 100", "--hidden-size is 100, .* Choose a multiple of 16"),
+            ("--save-steps 15", "--save-steps is 15, .* not a multiple of --log-steps 10"),
+            ("--eval-fraction 1.5", "--eval-fraction is 1.5; it must lie between 0 and 1"),
+            ("--resume --overwrite", "give one of them"),
+            ("--vocab-size 100", "--vocab-size is 100; .* need 258 or more"),
+            ("--data nowhere.jsonl", r"--data nowhere.jsonl does not exist"),
+            ("--data no-such-owner/no-such-data", "--data no-such-owner/no-such-data .* cannot be read"),
+            ("--tokenizer no-such-tokenizer", "--tokenizer no-such-tokenizer cannot be loaded"),
+        ],
+    )
+    def test_options(self, tmp_path, options, message):
+        assert re.search(message, self.fails("--output-dir", tmp_path, *options.split()), re.DOTALL)
+        assert not any(tmp_path.iterdir()), "nothing may be written before the input is known to be good"
+
+    def test_data(self, tmp_path, data):
+        empty, text, single, blank = (tmp_path / name for name in ("empty.jsonl", "a.txt", "one.jsonl", "blank.jsonl"))
+        empty.touch()
+        text.write_text("hello")
+        write_rows(single, 1)
+        blank.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "", "answer": "3"}\n')
+        out = ["--output-dir", tmp_path / "run"]
+        assert "is empty" in self.fails(*out, "--data", empty)
+        assert "is no .parquet, .jsonl, .json file" in self.fails(*out, "--data", text)
+        assert "none can be held out" in self.fails(*out, "--data", single)
+        message = self.fails(*out, "--data", blank, "--eval-data", data)
+        assert "--data has no 'question' in row" in message
+        message = self.fails(*out, "--data", data, "--prompt-column", "query")
+        assert "--prompt-column is 'query', but --data has the columns question, answer" in message
+        message = self.fails(*out, "--data", data, "--block-size", 4096)
+        assert "fills 0 blocks of --block-size 4096 tokens, fewer than the --batch-size 16" in message
+        assert not (tmp_path / "run").exists()
+
+    def test_tokenizer_without_end(self, tmp_path, tokenizer):
+        tokenizer.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        del config["eos_token"]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        message = self.fails("--output-dir", tmp_path / "run", "--tokenizer", tmp_path)
+        assert "has no `eos_token`" in message
+
+    def test_folder_in_use(self, tmp_path):
+        write_checkpoint(tmp_path, 2)
+        for options in ([], ["--resume"]):  # there is no run.json to resume by
+            message = self.fails("--output-dir", tmp_path, *options)
+            assert "already holds checkpoints" in message and "--resume" in message and "--overwrite" in message
+
+    def test_resume_with_other_settings(self, tmp_path):
+        settings = pretrain.settings_of(pretrain.parse_arguments(["--output-dir", str(tmp_path), "--lr", "0.5"]))
+        pretrain.write_json(tmp_path / "run.json", {"settings": settings, "data_fingerprint": "0"})
+        message = self.fails("--output-dir", tmp_path, "--resume", "--lr", "0.25")
+        assert "--lr is 0.25, but the run in" in message and "has 0.5" in message
+
+
+def start(output_dir: Path, data: Path, *options: str) -> subprocess.Popen:
+    """A training process of its own, with one thread: it must not depend on the state or threads of the tests."""
+    paths = ("--output-dir", output_dir, "--data", data)
+    command = [sys.executable, EXAMPLES / "pretrain.py", *paths, *TINY_RUN, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(output_dir: Path) -> list[tuple[int, str, float]]:
+    """The logged sequence of training and held-out losses."""
+    log = json.loads((output_dir / "results.json").read_text())["log_history"]
+    keys = ("loss", "eval_held_out_loss")
+    return [(entry["step"], key, entry[key]) for entry in log for key in keys if key in entry]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, data) -> tuple[Path, str]:
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return output_dir, finish(start(output_dir, data))
+
+
+class TestRun:
+    def test_end_to_end(self, whole_run):
+        output_dir, output = whole_run
+        results = json.loads((output_dir / "results.json").read_text())
+        table = results["held_out_loss"]["held_out"]
+        assert table["trained"] < table["untrained"]
+        assert f"{table['unigram']:.4f}" in output and "--- expected" in output
+        assert [step for step, key, _ in losses(output_dir) if key == "loss"] == list(range(1, 33))
+        assert [step for step, key, _ in losses(output_dir) if key != "loss"] == [0, 16, 32]
+        assert results["tokens_per_second"] > 0
+        assert results["exact_match"]["held_out"] is not None
+        assert (output_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+        assert [path.name for path in pretrain.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
+        model = AutoModelForCausalLM.from_pretrained(output_dir / "model")
+        tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
+        assert model.config.vocab_size == len(tokenizer)
+        assert model.config.eos_token_id == tokenizer.eos_token_id
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+
+    def test_held_out_losses_are_the_models(self, whole_run, data):
+        output_dir, _ = whole_run
+        args = pretrain.parse_arguments(["--output-dir", str(output_dir), "--data", str(data), *TINY_RUN])
+        tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
+        _, held_out = pretrain.pack_corpus(args, pretrain.load_corpus(args), tokenizer)
+        blocks = held_out["held_out"]
+        assert len(blocks) % args.batch_size, "the last batch should be a smaller one"
+        table = json.loads((output_dir / "results.json").read_text())["held_out_loss"]["held_out"]
+        torch.manual_seed(args.seed)
+        untrained = pretrain.CoeForCausalLM(pretrain.build_config(args, tokenizer))
+        trained = AutoModelForCausalLM.from_pretrained(output_dir / "model")
+        for name, model in (("untrained", untrained), ("trained", trained)):
+            with torch.no_grad():
+                loss = model.eval()(blocks, labels=blocks).loss.item()
+            assert table[name] == pytest.approx(loss, rel=1e-5)
+
+    def test_killed_run_resumes_exactly(self, whole_run, tmp_path, data):
+        process = start(tmp_path, data)
+        while process.poll() is None and not (tmp_path / "checkpoint-12").exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "results.json").exists(), "the run ended before it could be killed"
+
+        output = finish(start(tmp_path, data, "--resume"))
+        assert re.search(r"Resuming at checkpoint-\d+\.", output)
+        assert losses(tmp_path) == losses(whole_run[0])
+
+    def test_finished_run_is_reported_again(self, whole_run, data):
+        output_dir, _ = whole_run
+        before = losses(output_dir)
+        pretrain.main(["--output-dir", str(output_dir), "--data", str(data), "--resume", *TINY_RUN])
+        assert losses(output_dir) == before
+
+    def test_changed_data_are_refused(self, whole_run, data):
+        output_dir, _ = whole_run
+        settings = json.loads((output_dir / "run.json").read_text())
+        pretrain.write_json(output_dir / "run.json", settings | {"data_fingerprint": "0"})
+        with pytest.raises(SystemExit, match=r"The data have fingerprint \w+, but the run in .* has 0"):
+            pretrain.main(["--output-dir", str(output_dir), "--data", str(data), "--resume", *TINY_RUN])
+        pretrain.write_json(output_dir / "run.json", settings)
