@@ -156,7 +156,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--weight-decay", type=float, default=0.01)
     training.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
     training.add_argument("--log-steps", type=int, default=10)
-    training.add_argument("--eval-steps", type=int, default=200)
+    training.add_argument("--eval-steps", type=int, default=100)
     training.add_argument("--eval-blocks", type=int, default=64, help="blocks of each held-out split to evaluate")
     training.add_argument("--save-steps", type=int, default=200, help="a multiple of --log-steps")
 
