@@ -49,7 +49,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Attention,
     DeepseekV2Experts,
@@ -59,6 +59,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2RMSNorm,
     DeepseekV2RotaryEmbedding,
     DeepseekV2TopkRouter,
+    apply_rotary_emb,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -68,6 +70,108 @@ from transformers.utils.output_capturing import OutputRecorder, maybe_install_ca
 from .balancing import balancing_losses, label_token_share, router_scores
 from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
 from .configuration_coe import CoeConfig
+from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
+
+
+class CoeAttention(DeepseekV2Attention):
+    """DeepSeek-V2's latent attention, with two detours that change its cost and not its result.
+
+    Where no gradient is needed and few queries meet a long cache (decoding), keys and values are not expanded from
+    the latents: `kv_b_proj` is absorbed into the queries and the output instead (DeepSeek-V2, arXiv 2405.04434,
+    section 2.1.2). Elsewhere, SDPA on the CPU gets values padded to the width of the keys, without which it does not
+    take its flash kernel.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, query_rope = self.queries(hidden_states)
+        latent, key_rope = self.latents(hidden_states)
+        query_rope, key_rope = apply_rotary_emb(query_rope, key_rope, position_embeddings.to(query_rope.device))
+        if past_key_values is not None:
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+
+        if self.absorbs(query, latent, attention_mask):
+            output, attentions = self.absorbed_attention(query, query_rope, latent, key_rope, attention_mask)
+        else:
+            query = torch.cat((query, query_rope), dim=-1)
+            key, value = self.expand_kv(latent, key_rope)
+            if query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+                value = F.pad(value, (0, max(0, self.qk_head_dim - self.v_head_dim)))
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            dropout = self.attention_dropout if self.training else 0.0
+            output, attentions = attention(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+            output = output[..., : self.v_head_dim]
+        return self.o_proj(output.flatten(2)), attentions
+
+    def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of the queries without and with position, (B, heads, S, qk_nope_head_dim or qk_rope_head_dim)."""
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        return query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+    def latents(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds: compressed keys and values, and the keys' part with position, (B, 1, S, width)."""
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
+
+    def absorbs(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether absorbing `kv_b_proj` is possible, and cheaper than expanding all latents."""
+        length, context = query.shape[2], latent.shape[2]
+        expanded = self.qk_nope_head_dim + self.v_head_dim
+        return (
+            not torch.is_grad_enabled()
+            and length * (self.kv_lora_rank * expanded + context * (2 * self.kv_lora_rank - expanded))
+            < context * self.kv_lora_rank * expanded
+            and self.config._attn_implementation in ("eager", "sdpa")
+            # Without a mask, several queries are causal.
+            and (length == 1 if attention_mask is None else attention_mask.dim() == 4)
+            # Adapters, quantisation, parallel plans and offloading act when the projection is called.
+            and type(self.kv_b_proj) is nn.Linear
+            and type(self.kv_b_proj.weight) is nn.Parameter
+            and not self.kv_b_proj._forward_pre_hooks
+            and not self.kv_b_proj._forward_hooks
+            and not hasattr(self.kv_b_proj, "_hf_hook")
+        )
+
+    def absorbed_attention(
+        self,
+        query: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the latents themselves, one key and value for all heads.
+
+        Returns:
+            The heads' outputs (B, S, heads, v_head_dim) and the attention weights (B, heads, S, context).
+        """
+        weight = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        scores = (query @ to_key) @ latent.mT + query_rope @ key_rope.mT
+        scores = scores * self.scaling
+        if attention_mask is not None:
+            if attention_mask.dtype == torch.bool:
+                attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+            scores = scores + attention_mask
+        attentions = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        output = (attentions @ latent) @ to_value.mT
+        return output.transpose(1, 2), attentions
 
 
 class CoeRouter(DeepseekV2TopkRouter):
@@ -121,7 +225,7 @@ class CoeRouter(DeepseekV2TopkRouter):
         return scores.topk(self.top_k, dim=-1, sorted=False).indices
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=COE_EXPERTS_FUNCTIONS)
 class CoeExperts(DeepseekV2Experts):
     """The N experts of one layer as two fused parameters, `gate_up_proj` (N, 2I, H) and `down_proj` (N, H, I).
 
@@ -130,6 +234,8 @@ class CoeExperts(DeepseekV2Experts):
 
     def __init__(self, config: CoeConfig):
         super().__init__(config)
+        # Set while the iterations of a chain share what they can, see `sharing_weights`.
+        self.is_sharing_weights, self.shared_weights = False, None
         self.register_load_state_dict_pre_hook(fuse_expert_weights)
 
     def forward(
@@ -205,7 +311,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         self.is_sparse = config.is_sparse_layer(layer_idx)
         self.num_iterations = config.inner_iter
         self.residual_rule = config.residual_rule
-        self.self_attn = DeepseekV2Attention(config, layer_idx)
+        self.self_attn = CoeAttention(config, layer_idx)
         self.mlp = CoeMoE(config) if self.is_sparse else DeepseekV2MLP(config)
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -238,15 +344,16 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
         rule = self.residual_rule
         x = x_0 = self.post_attention_layernorm(hidden_states)
-        for iteration in range(self.num_iterations):
-            y = self.mlp(x, iteration)
-            if rule == "prenorm":
-                hidden_states = hidden_states + y
-            if rule in ("inner", "both", "prenorm"):
-                y = x + y
-            elif rule == "init":
-                y = x_0 + y
-            x = y
+        with sharing_weights(self.mlp.experts):
+            for iteration in range(self.num_iterations):
+                y = self.mlp(x, iteration)
+                if rule == "prenorm":
+                    hidden_states = hidden_states + y
+                if rule in ("inner", "both", "prenorm"):
+                    y = x + y
+                elif rule == "init":
+                    y = x_0 + y
+                x = y
         if rule == "prenorm":
             return hidden_states
         return hidden_states + x if rule in ("outer", "both") else x
@@ -269,7 +376,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     _no_split_modules = ["CoeDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
-        "attentions": DeepseekV2Attention,
+        "attentions": CoeAttention,
         "router_logits": OutputRecorder(CoeRouter, index=0),
         "router_indices": OutputRecorder(CoeRouter, index=2),
     }
