@@ -105,14 +105,14 @@ def megablocks_experts_forward(
         if present:
             raise ValueError(f"`megablocks` does not support experts with {layout}. {ALTERNATIVES}")
     device_type = hidden_states.device.type
+    if (obstacle := _obstacle(device_type)) is not None:
+        raise ImportError(f"`megablocks` cannot run: {obstacle} {ALTERNATIVES}")
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     else:
         dtype = next(self.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f"`megablocks` computes in bfloat16, float16 or float32, not in {dtype}. {ALTERNATIVES}")
-    if (obstacle := _obstacle(device_type)) is not None:
-        raise ImportError(f"`megablocks` cannot run: {obstacle} {ALTERNATIVES}")
 
     num_rows = top_k_index.shape[0] * top_k_index.shape[1]
     if num_rows >= MIN_ROWS_PER_EXPERT * self.num_experts:
@@ -289,7 +289,7 @@ class _BlockSparseLinear(torch.autograd.Function):
 
 
 def _column_ranges(width: int) -> Iterator[slice]:
-    """Columns 0 to width as ranges of whole blocks; the second overlaps the first where width is no multiple of them."""
+    """Columns 0 to width in ranges of whole blocks; where they do not fit, the second range overlaps the first."""
     whole = width // BLOCK * BLOCK
     yield slice(0, whole)
     if whole < width:
@@ -390,7 +390,7 @@ class MegablocksBackend:
 def _megablocks_package() -> tuple[str, ModuleType]:
     importlib.import_module("megablocks.ops")  # fails where its CUDA extension was not compiled
     stk_version, kernels = _stanford_stk()
-    return f"{importlib.metadata.version('megablocks')} (stk {stk_version})", kernels
+    return f"{_version('megablocks')} (stk {stk_version})", kernels
 
 
 def _kernels_community() -> tuple[str, ModuleType]:
@@ -403,7 +403,14 @@ def _kernels_community() -> tuple[str, ModuleType]:
 
 def _stanford_stk() -> tuple[str, ModuleType]:
     kernels = importlib.import_module("stk.backend.triton_kernels")
-    return importlib.metadata.version("stanford-stk"), kernels
+    return _version("stanford-stk"), kernels
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 KERNEL_REPOSITORY, KERNEL_VERSION = "kernels-community/megablocks", 1
@@ -441,9 +448,8 @@ def megablocks_backend() -> MegablocksBackend:
             continue
         try:
             version, kernels = load()
-        except (
-            Exception
-        ) as error:  # whatever a half-installed package raises: OSError, AttributeError, SyntaxError, ...
+        # A half-installed package raises anything: OSError for a missing library, AttributeError, SyntaxError.
+        except Exception as error:
             rejected[source] = f"{type(error).__name__}: {error}"
             continue
         if missing := [name for name in REQUIRED if not hasattr(kernels, name)]:
@@ -475,13 +481,22 @@ def _obstacle(device_type: str) -> str | None:
     return None
 
 
+def _products_are_exact(device_type: str) -> bool:
+    """Whether the kernels get a product and its gradients right, of integers that no order of summation rounds."""
+    x = torch.randint(-2, 3, (2 * BLOCK, 160), dtype=torch.bfloat16, device=device_type, requires_grad=True)
+    weight = torch.randint(-2, 3, (2, BLOCK, 160), dtype=torch.bfloat16, device=device_type, requires_grad=True)
+    output = _BlockSparseLinear.apply(x, weight, _sort_into_bins(torch.tensor([[1], [0]], device=device_type), 2))
+    actual = output, *torch.autograd.grad(output, (x, weight), output)
+    per_expert, wide = x.detach().float().view(2, BLOCK, 160), weight.detach().float()
+    grad = output.detach().float().view(2, BLOCK, BLOCK)
+    expected = per_expert @ wide.mT, grad @ wide, grad.mT @ per_expert
+    return all(torch.equal(a, e.to(a.dtype).view_as(a)) for a, e in zip(actual, expected, strict=True))
+
+
 def _doctor() -> int:
     """Prints what `experts_implementation="megablocks"` would use on this machine, and why; 0 if it can be used."""
     for distribution in ("torch", "triton", "stanford-stk", "megablocks", "kernels"):
-        try:
-            print(f"{distribution}: {importlib.metadata.version(distribution)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{distribution}: not installed")
+        print(f"{distribution}: {_version(distribution) or 'not installed'}")
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -498,7 +513,9 @@ def _doctor() -> int:
         f"rows per expert from which blocks are used: {MIN_ROWS_PER_EXPERT} "
         "(COE_MEGABLOCKS_MIN_ROWS_PER_EXPERT; tokens x experts per token / experts)"
     )
-    print("usable: yes" if obstacle is None else f"usable: no. {obstacle} {ALTERNATIVES}")
+    if obstacle is None and not _products_are_exact(device_type):
+        obstacle = "the kernels' products are wrong on this machine."
+    print("usable: yes, products checked" if obstacle is None else f"usable: no. {obstacle} {ALTERNATIVES}")
     return 0 if obstacle is None else 1
 
 
