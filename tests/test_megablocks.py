@@ -559,23 +559,15 @@ def test_products_on_a_gpu_are_in_fp32_unless_torch_allows_tf32(tmp_path):
         for precision in ("none", "tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = precision
             with _launch(values, x, x) as (kernels, *_):
-                launch = dict(GROUP_M=128, ACC_TYPE=triton.language.float32, grid=(1, 1))
+                launch = dict(GROUP_M=128, ACC_TYPE=triton.language.float32, grid=(1,))
                 strides = (128, 1, 128, 1, 128, 1)
-                sdd = kernels._sdd_kernel.warmup(x, x, values, 128, 128, 128, *strides, *topology[1:3], **launch)
-                dsd = kernels._dsd_kernel.warmup(
-                    values, x, x, 128, 128, 128, *strides, *topology[1:3], topology.offsets, topology.block_offsets_t,
-                    True, False, **launch,
-                )
-            for kernel in (sdd, dsd):
-                kernel = kernel[0] if isinstance(kernel, list) else kernel
-                assert "i16" not in kernel.asm["ttir"]
-                print(precision, "tf32" in kernel.asm["ptx"])
+                kernel = kernels._sdd_kernel.warmup(x, x, values, 128, 128, 128, *strides, *topology[1:3], **launch)
+            kernel = kernel[0] if isinstance(kernel, list) else kernel
+            print(precision, "tf32" in kernel.asm["ptx"])
         """,
         TRITON_CACHE_DIR=str(tmp_path),
     )
-    assert result.stdout.splitlines() == [
-        f"{precision} {precision == 'tf32'}" for precision in ("none", "tf32", "ieee") for _ in range(2)
-    ], result.stderr
+    assert result.stdout.splitlines() == ["none False", "tf32 True", "ieee False"], result.stderr
 
 
 class TestSources:
