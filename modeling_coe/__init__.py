@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configuration_coe import CoeConfig
@@ -41,6 +42,16 @@ for _auto_class, _model_class in (
     _auto_class.register(CoeConfig, _model_class, exist_ok=True)
     # Saved folders then carry the code of the class.
     _model_class.register_for_auto_class(_auto_class)
+
+
+def _megablocks_experts_forward(*args):
+    # Imported by the first call, so that `python -m modeling_coe.megablocks` runs a module not imported before.
+    from .megablocks import megablocks_experts_forward
+
+    return megablocks_experts_forward(*args)
+
+
+ALL_EXPERTS_FUNCTIONS.register("megablocks", _megablocks_experts_forward)
 
 __all__ = [
     "CoeConfig",
