@@ -18,30 +18,25 @@
 
 A chain calls one set of experts C times, each time on the sum of the last input and output and with a routing of its
 own; the native experts are called once with C times as many experts per token. The hidden size is that of `--size`.
-Routers are no part of it: which experts a token meets is random, and every choice is equally likely.
+Routers are no part of it: which experts a token meets is random, and every choice is equally likely. Repeated calls
+meet the same experts, whose weights may then come from the caches.
 """
 
 import math
 from itertools import product
+from typing import Any
 
 import torch
 from measure import (
     CHAIN,
-    NATIVE_IMPLEMENTATIONS,
-    SINGLE,
     SIZES,
     Benchmark,
-    Comparison,
     Run,
+    Task,
     Work,
-    backward_and_forward,
-    build,
-    coe_config,
-    copy_weights,
     distinct_experts,
-    native_config,
+    forward_and_backward,
     parse_arguments,
-    using,
 )
 from transformers import PreTrainedModel
 
@@ -59,16 +54,16 @@ def experts_work(config: CoeConfig, tokens: int, itemsize: int) -> Work:
     return Work(flops, distinct_experts(config, tokens) * expert * itemsize)
 
 
-def start(bench: Benchmark, model: PreTrainedModel, config: CoeConfig, tokens: int, backward: bool) -> Run:
-    """A run of the experts in the only layer of `model`, which `config` describes."""
-    experts = model.model.layers[0].mlp.experts
+def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool) -> Run:
+    """A run of the experts in the only layer of a model."""
+    config, experts = model.config, model.model.layers[0].mlp.experts
     generator = torch.Generator().manual_seed(bench.args.seed)
     hidden_states, gradient = (
         torch.randn(tokens, config.hidden_size, generator=generator).to(model.device, model.dtype) for _ in range(2)
     )
     hidden_states.requires_grad_(backward)
     routings = []
-    for _ in range(config.inner_iter):
+    for _ in range(getattr(config, "inner_iter", 1)):
         scores = torch.randn(tokens, config.n_routed_experts, generator=generator).softmax(dim=-1)
         weights, indices = scores.topk(config.num_experts_per_tok, dim=-1, sorted=False)
         routings.append((indices.to(model.device), weights.to(model.device)))
@@ -91,37 +86,19 @@ def start(bench: Benchmark, model: PreTrainedModel, config: CoeConfig, tokens: i
     return run
 
 
-def compare_cell(bench: Benchmark, tokens: int, num_experts: int, width: int) -> None:
-    """Compares all implementations at one point of the grid, forward, and forward with backward."""
-    overrides = {
-        "num_hidden_layers": 1,
-        "vocab_size": 64,
-        "n_routed_experts": num_experts,
-        "moe_intermediate_size": width,
-    }
-    config, single = (coe_config(bench.args.size, variant, **overrides) for variant in (CHAIN, SINGLE))
-    model = build(config, bench.args)
-    native = build(native_config(bench.args.size, **overrides), bench.args)
-    copy_weights(native, model)
-    for direction in bench.args.directions:
-        task, training = f"{direction} T={tokens} N={num_experts} I={width}", direction != "forward"
-        run = start(bench, native, single, tokens, training)
-        candidates = {name: using(native, name, run) for name in NATIVE_IMPLEMENTATIONS}
-        refusals = {name: bench.refusal(name, single, tokens, training) for name in candidates}
-        best = bench.native_best(task, candidates, refusals)
-        work = experts_work(config, tokens, bench.itemsize)
-        work = [backward_and_forward(work) if training else work]
-        run = start(bench, model, config, tokens, training)
-        for name in bench.implementations:
-            bench.compare(
-                Comparison(task, CHAIN, name, best, [], [], "s", work, tokens),
-                using(model, name, run),
-                candidates[best],
-                bench.refusal(name, config, tokens, training),
-            )
+def experts_task(bench: Benchmark, direction: str, tokens: int, num_experts: int, width: int) -> Task:
+    """One point of the grid, forward, or forward with backward."""
+    training = direction != "forward"
+
+    def work(config: CoeConfig) -> list[Work]:
+        forward = experts_work(config, tokens, bench.itemsize)
+        return [forward_and_backward(forward) if training else forward]
+
+    name = f"{direction} T={tokens} N={num_experts} I={width}"
+    return Task(name, tokens, work, lambda model: start(bench, model, tokens, training), training)
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     integers = {"type": int, "nargs": "+"}
     args = parse_arguments(
         __doc__.splitlines()[0],
@@ -133,8 +110,18 @@ def main(argv: list[str] | None = None) -> dict:
     )
     args.widths = args.widths or [SIZES[args.size].fields["moe_intermediate_size"]]
     bench = Benchmark("experts", args)
-    for tokens, num_experts, width in product(args.tokens, args.experts, args.widths):
-        compare_cell(bench, tokens, num_experts, width)
+    for num_experts, width in product(args.experts, args.widths):
+        overrides = {"n_routed_experts": num_experts, "moe_intermediate_size": width}
+        bench.compare_models(
+            [
+                experts_task(bench, direction, tokens, num_experts, width)
+                for direction, tokens in product(args.directions, args.tokens)
+            ],
+            variants=[CHAIN],
+            num_hidden_layers=1,
+            vocab_size=64,
+            **overrides,
+        )
     return bench.write()
 
 

@@ -21,6 +21,7 @@ figure is the mean of some consecutive steps; filling the cache is not part of i
 """
 
 import copy
+from typing import Any
 
 import torch
 from measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
@@ -87,7 +88,7 @@ def decode_task(bench: Benchmark, name: str) -> Task:
     )
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     names = ("prefill", *DECODE)
     tasks = {"nargs": "+", "choices": names, "default": names, "help": "what to measure"}
     args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)

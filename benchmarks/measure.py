@@ -13,9 +13,9 @@
 # limitations under the License.
 """What the benchmarks share: sizes and targets, models, counts, timing, the machine's own rates, and the report.
 
-Chain-of-Experts with C=2 iterations of K=4 experts is compared with transformers' own `DeepseekV2ForCausalLM` with K=8,
-of the same widths and so of equal routed FLOPs. A third model, Chain-of-Experts with C=1, K=8 and the pre-norm residual,
-computes exactly what the native one does and runs through the same kernel: what our layer itself costs.
+Chain-of-Experts with C=2 iterations of K=4 experts is compared with transformers' own `DeepseekV2ForCausalLM` with
+K=8, of the same widths and so of equal routed FLOPs. A third model, Chain-of-Experts with C=1, K=8 and the pre-norm
+residual, computes the logits of the native one with the same kernel, and so shows what our layer itself costs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,32 +54,30 @@ class Size(NamedTuple):
     dtype: str = "float32"
 
 
-def _fields(
-    hidden: int, layers: int, heads: int, width: int, vocab: int, experts: int, latent: int, head: int
-) -> dict:
+def _fields(hidden: int, width: int, vocab: int, latent: int, head: int, **fields: int) -> dict[str, int | None]:
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
         "moe_intermediate_size": width,
         "vocab_size": vocab,
-        "n_routed_experts": experts,
-        "n_shared_experts": 1,
         "q_lora_rank": None,
         "kv_lora_rank": latent,
         "qk_nope_head_dim": head,
         "qk_rope_head_dim": head // 2,
         "v_head_dim": head,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "n_routed_experts": 63,
+        "n_shared_experts": 1,
+        **fields,
     }
 
 
+TINY = {"num_hidden_layers": 1, "num_attention_heads": 2, "n_routed_experts": 15}
 SIZES = {
-    "tiny": Size(_fields(32, 1, 2, width=16, vocab=64, experts=15, latent=16, head=16), train=(2, 16)),
-    "small": Size(_fields(256, 4, 8, width=176, vocab=4096, experts=63, latent=128, head=32)),
-    "mid": Size(_fields(512, 4, 8, width=352, vocab=8192, experts=63, latent=256, head=64)),
-    "paper": Size(
-        _fields(1024, 4, 8, width=704, vocab=102_400, experts=63, latent=512, head=128), (64, 512), "bfloat16"
-    ),
+    "tiny": Size(_fields(hidden=32, width=16, vocab=64, latent=16, head=16, **TINY), train=(2, 16)),
+    "small": Size(_fields(hidden=256, width=176, vocab=4096, latent=128, head=32)),
+    "mid": Size(_fields(hidden=512, width=352, vocab=8192, latent=256, head=64)),
+    "paper": Size(_fields(hidden=1024, width=704, vocab=102_400, latent=512, head=128), (64, 512), "bfloat16"),
 }
 
 NATIVE = {"num_experts_per_tok": 8}
@@ -134,7 +132,7 @@ Run = Callable[[], float]  # does the work once and returns its seconds
 
 
 def coe_config(size: str, variant: str = CHAIN, **overrides) -> CoeConfig:
-    """Configuration of a Chain-of-Experts variant. `SINGLE` stands for the native model wherever work is counted."""
+    """Configuration of a Chain-of-Experts variant."""
     return CoeConfig(**SIZES[size].fields | VARIANTS[variant] | overrides)
 
 
@@ -210,13 +208,13 @@ class Work(NamedTuple):
 
 
 def distinct_experts(config: CoeConfig, tokens: int) -> float:
-    """Expected number of routed experts of one layer that `tokens` tokens reach when every choice is equally likely."""
+    """Expected number of routed experts of a layer that `tokens` tokens reach if every choice is equally likely."""
     missed = 1 - config.num_experts_per_tok / config.n_routed_experts
     return config.n_routed_experts * (1 - missed ** (tokens * config.inner_iter))
 
 
-def forward_work(config: CoeConfig, batch: int, length: int, context: int, logits: int, itemsize: int) -> Work:
-    """Work of one forward pass of a model without dense layers.
+def forward_work(config: CoeConfig, batch: int, length: int, context: float, logits: int, itemsize: int) -> Work:
+    """Work of one forward pass of a model without dense layers and query compression.
 
     Attention is causal, in its expanded form. Weights are read once per pass, of the routed experts only the chosen
     ones, and so are the latents in the cache; norms, embedded rows and activations are not counted.
@@ -224,17 +222,13 @@ def forward_work(config: CoeConfig, batch: int, length: int, context: int, logit
     Args:
         batch (`int`): Number of sequences.
         length (`int`): New tokens of each sequence.
-        context (`int`): Tokens of each sequence that are in the cache already.
+        context (`float`): Tokens of each sequence in the cache, a mean where it grows.
         logits (`int`): Positions of each sequence whose logits are computed.
         itemsize (`int`): Bytes of one weight.
     """
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     tokens, latent = batch * length, config.kv_lora_rank + config.qk_rope_head_dim
-    if config.q_lora_rank is None:
-        attention = hidden * heads * config.qk_head_dim
-    else:
-        attention = config.q_lora_rank * (hidden + heads * config.qk_head_dim)
-    attention += hidden * latent
+    attention = hidden * heads * config.qk_head_dim + hidden * latent
     attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     attention += heads * config.v_head_dim * hidden
     pairs = batch * (length * context + length * (length + 1) // 2)
@@ -251,7 +245,7 @@ def forward_work(config: CoeConfig, batch: int, length: int, context: int, logit
     return Work(flops, read * itemsize)
 
 
-def backward_and_forward(forward: Work) -> Work:
+def forward_and_backward(forward: Work) -> Work:
     """Every product of the forward pass has two in the backward pass, and every weight gets a gradient."""
     return Work(3 * forward.flops, 3 * forward.bytes)
 
@@ -261,11 +255,14 @@ def adamw_work(config: CoeConfig, itemsize: int) -> Work:
     return Work(0, 7 * config.total_parameters * itemsize)
 
 
-def batched_mm_bytes(config: CoeConfig, tokens: int, itemsize: int, training: bool) -> int:
-    """Bytes of the copies of expert weights that "batched_mm" holds at once."""
-    calls = config.num_hidden_layers * config.inner_iter if training else 1
+def refusal(implementation: str, config: PreTrainedConfig, tokens: int, training: bool, itemsize: int) -> str | None:
+    """Why an experts implementation should not even be tried on this many tokens at once, or `None`."""
+    calls = config.num_hidden_layers * getattr(config, "inner_iter", 1) if training else 1
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    return calls * tokens * config.num_experts_per_tok * expert * itemsize
+    copied = calls * tokens * config.num_experts_per_tok * expert * itemsize
+    if implementation == "batched_mm" and copied > BATCHED_MM_LIMIT:
+        return f"would copy {copied / 2**30:.0f} GiB of expert weights"
+    return None
 
 
 # ---- Timing ---------------------------------------------------------------------------------------------------------
@@ -298,7 +295,6 @@ class Clock:
 @contextmanager
 def quiet_collector() -> Iterator[None]:
     """No garbage collection but the explicit one, which then only looks at what is new."""
-    gc.collect()
     gc.freeze()
     gc.disable()
     try:
@@ -323,6 +319,11 @@ def alternate(runs: dict[str, Run], rounds: int, label: str = "") -> dict[str, l
                 gc.collect()
                 samples[name].append(runs[name]())
     return samples
+
+
+def fastest(samples: dict[str, list[float]]) -> str:
+    """Name of the samples with the least median."""
+    return min(samples, key=lambda name: statistics.median(samples[name]))
 
 
 class Spread(NamedTuple):
@@ -433,25 +434,34 @@ class Comparison:
     def ratios(self) -> list[float]:
         return [ours / native for ours, native in zip(self.ours, self.native, strict=True)]
 
+    def targets(self, args: argparse.Namespace) -> dict[str, float]:
+        """Those of ratio and distance that there are."""
+        by_task = TARGETS["ratio"].get(args.size)
+        if by_task is None or args.device != "cpu" or args.dtype != "float32":
+            return {}
+        if self.variant == SINGLE:
+            return {"ratio": TARGETS["single_ratio"]}
+        if self.implementation != DEFAULT_IMPLEMENTATION:
+            return {}
+        found = {"ratio": by_task.get(self.task), "distance": TARGETS["distance"].get(self.task)}
+        return {name: target for name, target in found.items() if target is not None}
+
     def figures(self, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
-        """Everything derived from the samples: ratio and distance to the machine, with their targets."""
-        ratio, seconds = spread(self.ratios), statistics.median(self.ours)
-        figures = {"ratio": ratio._asdict(), "ours_median": seconds, "native_median": statistics.median(self.native)}
-        targeted = args.device == "cpu" and args.dtype == "float32"
-        is_default = self.variant == CHAIN and self.implementation == DEFAULT_IMPLEMENTATION
-        if targeted and self.variant == SINGLE and args.size in TARGETS["ratio"]:
-            figures["ratio_target"] = TARGETS["single_ratio"]
-        elif targeted and is_default and self.task in TARGETS["ratio"].get(args.size, {}):
-            figures["ratio_target"] = TARGETS["ratio"][args.size][self.task]
+        """Samples and everything derived from them, for the results."""
+        ours, ratio = statistics.median(self.ours), spread(self.ratios)
+        figures = asdict(self) | {
+            "ratios": self.ratios,
+            "ratio": ratio._asdict(),
+            "ours_median": ours,
+            "native_median": statistics.median(self.native),
+        }
+        values = {"ratio": ratio.median}
         if self.work is not None:
-            figures["tokens_per_second"] = self.tokens / seconds
+            figures["tokens_per_second"] = self.tokens / ours
             figures["least_seconds"] = sum(phase.seconds(**rates) for phase in self.work)
-            figures["distance"] = seconds / figures["least_seconds"]
-            if targeted and is_default and args.size in TARGETS["ratio"] and self.task in TARGETS["distance"]:
-                figures["distance_target"] = TARGETS["distance"][self.task]
-        for name, value in (("ratio", ratio.median), ("distance", figures.get("distance"))):
-            if f"{name}_target" in figures:
-                figures[f"{name}_met"] = value <= figures[f"{name}_target"]
+            figures["distance"] = values["distance"] = ours / figures["least_seconds"]
+        for name, target in self.targets(args).items():
+            figures |= {f"{name}_target": target, f"{name}_met": values[name] <= target}
         return figures
 
 
@@ -468,78 +478,59 @@ class Benchmark:
         self.native_samples: dict[str, dict[str, list[float]]] = {}
         self.comparisons: list[Comparison] = []
 
-    def refusal(self, implementation: str, config: CoeConfig, tokens: int, training: bool) -> str | None:
-        """Why an implementation should not even be tried, or `None`."""
-        copied = batched_mm_bytes(config, tokens, self.itemsize, training)
-        if implementation == "batched_mm" and copied > BATCHED_MM_LIMIT:
-            return f"would copy {copied / 2**30:.0f} GiB of expert weights"
-        return None
-
-    def native_best(self, task: str, runs: dict[str, Run], refusals: dict[str, str | None]) -> str:
-        """Name of the native model's fastest implementation in a short run, which is made once per task."""
-        if task not in self.native_samples:
-            possible = {}
-            for name, run in runs.items():
-                why = refusals[name] or self.attempt(run)
-                if why is None:
-                    possible[name] = run
-                else:
-                    self.skipped[f"{task}, native, {name}"] = why
-            self.native_samples[task] = alternate(possible, 3, f"{task}: native's best")
-        samples = self.native_samples[task]
-        return min(samples, key=lambda name: statistics.median(samples[name]))
-
-    def attempt(self, run: Run) -> str | None:
-        """Runs once. Returns why that failed, or `None`."""
-        try:
-            run()
-        except Exception as error:  # out of memory, or whatever a kernel raises on this shape
-            return reason(error)
-        return None
-
-    def compare(self, comparison: Comparison, ours: Run, native: Run, refusal: str | None = None) -> None:
-        """Fills the samples of a comparison and keeps it, or notes why it cannot be made."""
-        label = f"{comparison.task}, {comparison.variant}, {comparison.implementation}"
-        why = refusal or self.attempt(ours)
+    def possible(self, label: str, implementation: str, config: PreTrainedConfig, task: Task, run: Run) -> bool:
+        """Whether an implementation can do a task, which is tried; notes why where it cannot."""
+        why = refusal(implementation, config, task.tokens, task.training, self.itemsize)
+        if why is None:
+            try:
+                run()
+            except Exception as error:  # out of memory, or whatever a kernel raises on this shape
+                why = reason(error)
         if why is not None:
             self.skipped[label] = why
-            return
-        samples = alternate({"ours": ours, "native": native}, self.args.pairs, label)
-        comparison.ours, comparison.native = samples["ours"], samples["native"]
-        self.add(comparison)
+        return why is None
 
-    def add(self, comparison: Comparison) -> None:
-        """Keeps a measured comparison."""
-        self.comparisons.append(comparison)
-        ratio = spread(comparison.ratios)
-        tqdm.write(
-            f"{comparison.task:<20} {comparison.variant} {comparison.implementation:<18} "
-            f"{ratio.median:.3f} of native's {comparison.native_implementation} ({ratio.q1:.3f} to {ratio.q3:.3f})"
-        )
+    def native_best(self, task: Task, native: PreTrainedModel, run: Run) -> str:
+        """Name of the native model's fastest implementation in a short run, which is made once per task."""
+        if task.name not in self.native_samples:
+            runs = {name: using(native, name, run) for name in NATIVE_IMPLEMENTATIONS}
+            possible = {
+                name: run
+                for name, run in runs.items()
+                if self.possible(f"{task.name}, native, {name}", name, native.config, task, run)
+            }
+            self.native_samples[task.name] = alternate(possible, 3, f"{task.name}: native's best")
+        return fastest(self.native_samples[task.name])
 
-    def compare_models(self, tasks: list[Task]) -> None:
-        """Times the tasks on whole models: the chain with every implementation, the single iteration with the native
-        model's kernel."""
-        native = build(native_config(self.args.size), self.args)
+    def compare_models(self, tasks: list[Task], variants: Iterable[str] = tuple(VARIANTS), **overrides) -> None:
+        """Times the tasks on the native model and on variants of ours: the chain with every implementation, the single
+        iteration with the native model's kernel. `overrides` are fields of the configurations."""
+        native = build(native_config(self.args.size, **overrides), self.args)
         native_runs = {task.name: task.start(native) for task in tasks}
-        native_as_coe = coe_config(self.args.size, SINGLE)
-        for variant in VARIANTS:
-            config = coe_config(self.args.size, variant)
+        for variant in variants:
+            config = coe_config(self.args.size, variant, **overrides)
             model = build(config, self.args)
             copy_weights(native, model)
             for task in tasks:
-                candidates = {name: using(native, name, native_runs[task.name]) for name in NATIVE_IMPLEMENTATIONS}
-                refusals = {name: self.refusal(name, native_as_coe, task.tokens, task.training) for name in candidates}
-                best = self.native_best(task.name, candidates, refusals)
+                best = self.native_best(task, native, native_runs[task.name])
+                native_run, start = using(native, best, native_runs[task.name]), task.start(model)
                 names = self.implementations if variant == CHAIN else [same_kernel(best, self.implementations)]
-                run = task.start(model)
                 for name in names:
-                    self.compare(
-                        Comparison(task.name, variant, name, best, [], [], "s", task.work(config), task.tokens),
-                        using(model, name, run),
-                        candidates[best],
-                        self.refusal(name, config, task.tokens, task.training),
-                    )
+                    label, run = f"{task.name}, {variant}, {name}", using(model, name, start)
+                    if self.possible(label, name, config, task, run):
+                        samples = alternate({"ours": run, "native": native_run}, self.args.pairs, label)
+                        work = task.work(config)
+                        self.add(Comparison(task.name, variant, name, best, **samples, work=work, tokens=task.tokens))
+
+    def add(self, comparison: Comparison) -> None:
+        """Keeps a comparison and prints its ratio."""
+        self.comparisons.append(comparison)
+        ratio = spread(comparison.ratios)
+        print(
+            f"{comparison.task:<20} {comparison.variant} {comparison.implementation:<18} "
+            f"{ratio.median:.3f} of native's {comparison.native_implementation} ({ratio.q1:.3f} to {ratio.q3:.3f})",
+            flush=True,
+        )
 
     def write(self) -> dict[str, Any]:
         """Measures the machine's rates once more, and writes results, table and plot."""
@@ -549,19 +540,13 @@ class Benchmark:
         results = {
             "benchmark": self.name,
             "machine": describe_machine(self.args),
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()
-            },
+            "settings": {name: value for name, value in vars(self.args).items() if name != "output"},
             "rates": rates,
             "rate_samples": self.rate_samples,
             "native_samples": self.native_samples,
             "skipped": self.skipped,
-            "comparisons": [
-                asdict(comparison) | {"ratios": comparison.ratios} | comparison.figures(self.args, rates)
-                for comparison in self.comparisons
-            ],
+            "comparisons": [comparison.figures(self.args, rates) for comparison in self.comparisons],
         }
-        del results["settings"]["output"]
         self.args.output.mkdir(parents=True, exist_ok=True)
         path = self.args.output / f"{self.name}-{self.args.size}"
         path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
@@ -631,16 +616,16 @@ def markdown(results: dict[str, Any]) -> str:
         f"{rates['flops_per_second'] / 1e9:,.1f} GFLOP/s in a matrix product, "
         f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s read from memory.",
         "",
-        f"Ratio: CoE over native's best, median of {settings['pairs']} pairs at most. Below 1 is better.",
+        "Ratio: CoE over native's best, median over pairs of runs. Below 1 is better.",
         "",
         "| task | model | experts | CoE | native (experts) | ratio | quartiles | range | target |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
     ]
     for row in results["comparisons"]:
-        ratio = row["ratio"]
+        ratio, unit = row["ratio"], row["unit"]
         lines.append(
-            f"| {row['task']} | {row['variant']} | {row['implementation']} | {quantity(row['ours_median'], row['unit'])} "
-            f"| {quantity(row['native_median'], row['unit'])} ({row['native_implementation']}) "
+            f"| {row['task']} | {row['variant']} | {row['implementation']} | {quantity(row['ours_median'], unit)} "
+            f"| {quantity(row['native_median'], unit)} ({row['native_implementation']}) "
             f"| {ratio['median']:.3f} | {ratio['q1']:.3f} to {ratio['q3']:.3f} "
             f"| {ratio['min']:.3f} to {ratio['max']:.3f} | {verdict(row, 'ratio')} |"
         )
@@ -677,6 +662,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         if "ratio_target" in row:
             axes.plot(row["ratio_target"], position, "k|", markersize=14, markeredgewidth=2)
     axes.axvline(1, color="black", linewidth=1)
+    axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.set_yticks(
         range(len(rows)), [f"{row['task']}, {row['variant']}, {row['implementation']}" for row in rows], fontsize=8
     )
@@ -687,7 +673,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     machine, settings = results["machine"], results["settings"]
     axes.set(
-        xlabel="CoE / native (left of 1: CoE needs less); bars end at quartiles' median, | marks the target",
+        xlabel="CoE / native (left of 1: CoE needs less); bars: medians and quartiles, |: target",
         title=f"{results['benchmark']}, {settings['size']}, {settings['dtype']}, {machine['device']}",
     )
     axes.grid(axis="x", alpha=0.3)

@@ -21,11 +21,13 @@ to the cross-entropy, and the native model has none to add, so the time of that 
 """
 
 import argparse
+import gc
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import (
@@ -35,17 +37,22 @@ from measure import (
     Comparison,
     Run,
     Task,
+    Work,
     adamw_work,
-    backward_and_forward,
     build,
     coe_config,
+    fastest,
+    forward_and_backward,
     forward_work,
     native_config,
     parse_arguments,
     random_ids,
     reason,
+    refusal,
 )
 from transformers import PreTrainedModel
+
+from modeling_coe import CoeConfig
 
 
 TASKS = ("train_step", "forward_backward", "peak_memory")
@@ -73,20 +80,27 @@ def time_tasks(bench: Benchmark) -> None:
         model.train()
         return lambda: bench.clock(lambda: training_step(model, ids, optimizer))
 
-    def work(config) -> list:
-        return [backward_and_forward(forward_work(config, batch, length, 0, length, bench.itemsize))]
+    def gradients(config: CoeConfig) -> Work:
+        return forward_and_backward(forward_work(config, batch, length, 0, length, bench.itemsize))
 
     tasks = [
         Task(
             "train_step",
             batch * length,
-            lambda config: [*work(config), adamw_work(config, bench.itemsize)],
+            lambda config: [gradients(config), adamw_work(config, bench.itemsize)],
             lambda model: start(model, adamw(model)),
             training=True,
         ),
-        Task("forward_backward", batch * length, work, lambda model: start(model, None), training=True),
+        Task(
+            "forward_backward",
+            batch * length,
+            lambda config: [gradients(config)],
+            lambda model: start(model, None),
+            training=True,
+        ),
     ]
-    bench.compare_models([task for task in tasks if task.name in bench.args.tasks])
+    if chosen := [task for task in tasks if task.name in bench.args.tasks]:
+        bench.compare_models(chosen)
 
 
 # ---- Peak memory ----------------------------------------------------------------------------------------------------
@@ -101,75 +115,83 @@ def status_bytes(field: str) -> int:
 
 
 def peak_memory(args: argparse.Namespace, implementation: str, native: bool) -> tuple[int, int]:
-    """Runs in a fresh process: the peak of a second training step, in bytes, above the memory before the model was
-    built (weights, gradients, moments, activations) and above the memory with the model (all but the weights)."""
+    """Bytes at the peak of a training step that is not the first, to be called in a fresh process.
+
+    Returns:
+        What the peak is above the memory before the model was built (weights, gradients, moments, activations) and
+        above the memory with the model (all that but the weights).
+    """
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
 
+    def new_model(size: str) -> PreTrainedModel:
+        model = build(native_config(size) if native else coe_config(size), args).train()
+        model.set_experts_implementation(implementation)
+        return model
+
     def resident() -> int:
-        return torch.cuda.memory_allocated() if cuda else status_bytes("VmRSS")
+        gc.collect()
+        return torch.cuda.memory_allocated(args.device) if cuda else status_bytes("VmRSS")
 
     # What the first step of a process loads and sets up, libraries and their workspaces, is no part of a model.
-    tiny = argparse.Namespace(**vars(args) | {"size": "tiny"})
-    model = build(coe_config("tiny") if not native else native_config("tiny"), tiny).train()
-    training_step(model, random_ids(tiny, 1, 8), adamw(model))
-    del model
+    ids = random_ids(args, *SIZES[args.size].train)
+    tiny = new_model("tiny")
+    training_step(tiny, ids[:1, :8] % tiny.config.vocab_size, adamw(tiny))
+    del tiny
 
     before = resident()
-    model = build(native_config(args.size) if native else coe_config(args.size), args).train()
-    model.set_experts_implementation(implementation)
-    built, optimizer, ids = resident(), adamw(model), random_ids(args, *SIZES[args.size].train)
+    model = new_model(args.size)
+    built = resident()
+    optimizer = adamw(model)
     training_step(model, ids, optimizer)
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(args.device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
     training_step(model, ids, optimizer)
-    peak = torch.cuda.max_memory_allocated() if cuda else status_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated(args.device) if cuda else status_bytes("VmHWM")
     return peak - before, peak - built
 
 
-def measure_memory(bench: Benchmark) -> None:
+def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -> None:
     """Compares peaks, with a fresh process for every sample, ours and native's in turn."""
-    if not bench.args.device.startswith("cuda") and not os.access("/proc/self/clear_refs", os.W_OK):
-        bench.skipped["peak_memory"] = "needs Linux's /proc, or a CUDA device"
+    args, config = bench.args, coe_config(bench.args.size)
+    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        bench.skipped["peak_memory"] = "on the CPU it needs Linux's /proc/self/clear_refs"
         return
-    if bench.args.device.startswith("cuda"):
-        torch.cuda.empty_cache()
-    # Every freed block above 64 KiB goes back at once, so that resident memory is what is in use, and not what
-    # malloc keeps for later. It is read when a process starts.
+    # With this every freed block above 64 KiB goes back at once: resident memory is what is in use, without what
+    # malloc keeps for later. Read when a process starts.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    gc.collect()
+    torch.cuda.empty_cache()  # the processes share the device with this one
 
     def sample(implementation: str, native: bool) -> tuple[int, int]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(peak_memory, bench.args, implementation, native).result()
+            return process.submit(peak_memory, args, implementation, native).result()
 
-    timed = bench.native_samples.get("train_step", {"grouped_mm": [0.0]})
-    best = min(timed, key=lambda name: sorted(timed[name])[len(timed[name]) // 2])
-    batch, length = SIZES[bench.args.size].train
+    tokens = math.prod(SIZES[args.size].train)
     for name in bench.implementations:
-        why = bench.refusal(name, coe_config(bench.args.size), batch * length, training=True)
-        if why is None:
-            try:
-                samples = [(sample(name, False), sample(best, True)) for _ in range(1 if bench.args.quick else 3)]
-            except (RuntimeError, BrokenProcessPool) as error:
-                why = reason(error)
+        why = refusal(name, config, tokens, training=True, itemsize=bench.itemsize)
+        try:
+            pairs = [] if why else [(sample(name, False), sample(native_implementation, True)) for _ in range(repeats)]
+        except RuntimeError as error:  # out of memory; a killed process is a `RuntimeError` too
+            why = reason(error)
         if why is not None:
             bench.skipped[f"peak_memory, {CHAIN}, {name}"] = why
             continue
         for index, task in enumerate(("peak_memory", "peak_memory_above_weights")):
-            ours, native = ([float(pair[side][index]) for pair in samples] for side in (0, 1))
-            bench.add(Comparison(task, CHAIN, name, best, ours, native, "bytes"))
+            ours, native = ([float(pair[side][index]) for pair in pairs] for side in (0, 1))
+            bench.add(Comparison(task, CHAIN, name, native_implementation, ours, native, "bytes"))
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     tasks = {"nargs": "+", "choices": TASKS, "default": TASKS, "help": "what to measure"}
     args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)
     bench = Benchmark("train_step", args)
-    if set(args.tasks) - {"peak_memory"}:
-        time_tasks(bench)
+    time_tasks(bench)
     if "peak_memory" in args.tasks:
-        measure_memory(bench)
+        timed = bench.native_samples.get("train_step")
+        measure_memory(bench, fastest(timed) if timed else "grouped_mm", repeats=1 if args.quick else 3)
     return bench.write()
 
 
