@@ -1,4 +1,4 @@
-"""`benchmarks/`: what is counted, paired and derived, and that scripts report what they measured, whatever the times."""
+"""`benchmarks/`: what is counted, paired and derived, and that scripts report what they measured, at any speed."""
 
 import gc
 import importlib
@@ -62,12 +62,12 @@ class TestCounts:
     def test_torch_counts_the_same(self, args):
         native = measure.build(measure.native_config("tiny"), args)
         native.set_experts_implementation("eager")
+        native.set_attn_implementation("eager")  # torch has no count for the fused one on the CPU
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             native(input_ids=torch.tensor([[1]]))
         config = measure.coe_config("tiny", measure.SINGLE)
         work = measure.forward_work(config, batch=1, length=1, context=0, logits=1, itemsize=4)
-        attention_products = 2 * 2 * (24 + 16)  # torch has no formula for attention on the CPU
-        assert work.flops - counter.get_total_flops() in (0, attention_products)
+        assert counter.get_total_flops() == work.flops
 
     def test_training(self):
         forward = measure.Work(10, 100)
@@ -101,8 +101,8 @@ class TestPairs:
             return float(len(calls))
 
         samples = measure.alternate({"a": lambda: run("a"), "b": lambda: run("b")}, rounds=3)
-        assert "".join(calls) == "ab" + "ab" + "ba" + "ab"  # warm-up, then rounds
-        assert samples == {"a": [3, 6, 7], "b": [4, 5, 8]}
+        assert "".join(calls) == "ab" + "ba" + "ab"
+        assert samples == {"a": [1, 4, 5], "b": [2, 3, 6]}
         assert gc.isenabled() and gc.get_freeze_count() == 0
 
     def test_spread(self):
