@@ -87,37 +87,25 @@ VARIANTS = {
     SINGLE: {"num_experts_per_tok": 8, "inner_iter": 1, "prenorm_residual": True},
 }
 
-# Everything we aim at, on the CPU and with the default implementation. Each is an upper bound.
+
+class Target(NamedTuple):
+    """Upper bounds of the chain's figures, on the CPU in fp32 and with the default implementation: of its ratio to the
+    native model by size, and of its distance to what the machine's own rates allow."""
+
+    small: float | None = None
+    mid: float | None = None
+    distance: float | None = None
+
+
 TARGETS = {
-    # Time (or memory) of the chain over the native model's, by size and task.
-    "ratio": {
-        "small": {
-            "train_step": 0.85,
-            "prefill": 0.80,
-            "decode_b1": 0.80,
-            "decode_b8": 0.85,
-            "decode_b1_ctx1024": 0.45,
-        },
-        "mid": {
-            "train_step": 0.85,
-            "prefill": 0.80,
-            "decode_b1": 0.70,
-            "decode_b8": 0.55,
-            "decode_b1_ctx1024": 0.30,
-            "peak_memory": 0.97,
-        },
-    },
-    # One iteration through our layer over the native model, with the native model's kernel.
-    "single_ratio": 1.03,
-    # Time over what the machine's own rates allow.
-    "distance": {
-        "train_step": 1.10,
-        "forward_backward": 1.10,
-        "prefill": 1.0,
-        "decode_b1": 2.5,
-        "decode_b8": 2.5,
-        "decode_b1_ctx1024": 2.5,
-    },
+    "train_step": Target(small=0.85, mid=0.85, distance=1.10),
+    "forward_backward": Target(distance=1.10),
+    "prefill": Target(small=0.80, mid=0.80, distance=1.0),
+    "decode_b1": Target(small=0.80, mid=0.70, distance=2.5),
+    "decode_b8": Target(small=0.85, mid=0.55, distance=2.5),
+    "decode_b1_ctx1024": Target(small=0.45, mid=0.30, distance=2.5),
+    "peak_memory": Target(mid=0.97),
+    SINGLE: Target(small=1.03, mid=1.03),  # in every task
 }
 
 NATIVE_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
@@ -434,15 +422,13 @@ class Comparison:
 
     def targets(self, args: argparse.Namespace) -> dict[str, float]:
         """Those of ratio and distance that there are."""
-        by_task = TARGETS["ratio"].get(args.size)
-        if by_task is None or args.device != "cpu" or args.dtype != "float32":
+        target = TARGETS.get(SINGLE if self.variant == SINGLE else self.task)
+        has_targets = args.device == "cpu" and args.dtype == "float32" and args.size in Target._fields
+        is_default = self.variant == SINGLE or self.implementation == DEFAULT_IMPLEMENTATION
+        if target is None or not has_targets or not is_default:
             return {}
-        if self.variant == SINGLE:
-            return {"ratio": TARGETS["single_ratio"]}
-        if self.implementation != DEFAULT_IMPLEMENTATION:
-            return {}
-        found = {"ratio": by_task.get(self.task), "distance": TARGETS["distance"].get(self.task)}
-        return {name: target for name, target in found.items() if target is not None}
+        bounds = {"ratio": getattr(target, args.size), "distance": target.distance}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def figures(self, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
         """Samples and everything derived from them, for the results."""
@@ -629,7 +615,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{rates['flops_per_second'] / 1e9:,.1f} GFLOP/s in a matrix product, "
         f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s read from memory.",
         "",
-        "Ratio: CoE over native's best, median over pairs of runs. Below 1 is better.",
+        "Ratio: CoE over native's best, median over {settings['pairs']} pairs of runs. Below 1 is better.",
         "",
         "| task | model | experts | CoE | native (experts) | ratio | quartiles | range | target |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
