@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := configuration_coe modeling_coe examples tests
+CODE := configuration_coe modeling_coe benchmarks examples tests
 
-.PHONY: demo test quality style clean
+.PHONY: demo test quality style benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
@@ -20,6 +20,14 @@ quality: $(INSTALLED)
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# The CPU set, on one core: other processes on the machine disturb it little, but they do.
+benchmarks: $(INSTALLED)
+	for size in small mid; do \
+		$(BIN)/python benchmarks/train_step.py --size $$size && \
+		$(BIN)/python benchmarks/generate.py --size $$size && \
+		$(BIN)/python benchmarks/experts.py --size $$size || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV)

@@ -1,0 +1,129 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Times the routed experts of one layer, over numbers of tokens, numbers of experts and expert widths.
+
+    python benchmarks/experts.py --size mid
+    python benchmarks/experts.py --size mid --tokens 1 1024 --experts 64 --widths 352 704 1408
+
+A chain calls one set of experts C times, each time on the sum of the last input and output and with a routing of its
+own; the native experts are called once with C times as many experts per token. The hidden size is that of `--size`.
+Routers are no part of it: which experts a token meets is random, and every choice is equally likely. Repeated calls
+meet the same experts, whose weights may then come from the caches.
+"""
+
+import math
+from itertools import product
+from typing import Any
+
+import torch
+from measure import (
+    CHAIN,
+    SIZES,
+    Benchmark,
+    Run,
+    Task,
+    Work,
+    distinct_experts,
+    forward_and_backward,
+    parse_arguments,
+)
+from transformers import PreTrainedModel
+
+from modeling_coe import CoeConfig
+
+
+LEAST_SECONDS = 0.05  # of one sample; shorter calls are repeated
+DIRECTIONS = ("forward", "forward_backward")
+
+
+def experts_work(config: CoeConfig, tokens: int, itemsize: int) -> Work:
+    """Work of the routed experts of one layer, over all iterations."""
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    flops = 2 * tokens * config.inner_iter * config.num_experts_per_tok * expert
+    return Work(flops, distinct_experts(config, tokens) * expert * itemsize)
+
+
+def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool) -> Run:
+    """A run of the experts in the only layer of a model."""
+    config, experts = model.config, model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(bench.args.seed)
+    hidden_states, gradient = (
+        torch.randn(tokens, config.hidden_size, generator=generator).to(model.device, model.dtype) for _ in range(2)
+    )
+    hidden_states.requires_grad_(backward)
+    routings = []
+    for _ in range(getattr(config, "inner_iter", 1)):
+        scores = torch.randn(tokens, config.n_routed_experts, generator=generator).softmax(dim=-1)
+        weights, indices = scores.topk(config.num_experts_per_tok, dim=-1, sorted=False)
+        routings.append((indices.to(model.device), weights.to(model.device)))
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            x = hidden_states
+            for indices, weights in routings:
+                x = x + experts(x, indices, weights)
+        if backward:
+            x.backward(gradient)
+            experts.zero_grad(set_to_none=True)
+            hidden_states.grad = None
+
+    def run() -> float:
+        first = bench.clock(call)
+        repeats = 1 if bench.args.quick else math.ceil(LEAST_SECONDS / max(first, 1e-6))
+        return bench.clock(lambda: [call() for _ in range(repeats)]) / repeats
+
+    return run
+
+
+def experts_task(bench: Benchmark, direction: str, tokens: int, num_experts: int, width: int) -> Task:
+    """One point of the grid, forward, or forward with backward."""
+    training = direction != "forward"
+
+    def work(config: CoeConfig) -> list[Work]:
+        forward = experts_work(config, tokens, bench.itemsize)
+        return [forward_and_backward(forward) if training else forward]
+
+    name = f"{direction} T={tokens} N={num_experts} I={width}"
+    return Task(name, tokens, work, lambda model: start(bench, model, tokens, training), training)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    integers = {"type": int, "nargs": "+"}
+    args = parse_arguments(
+        __doc__.splitlines()[0],
+        argv,
+        tokens=integers | {"default": [1, 16, 1024]},
+        experts=integers | {"default": [16, 64], "help": "routed experts"},
+        widths=integers | {"help": "of one expert; that of the size if not given"},
+        directions={"nargs": "+", "choices": DIRECTIONS, "default": DIRECTIONS},
+    )
+    args.widths = args.widths or [SIZES[args.size].fields["moe_intermediate_size"]]
+    bench = Benchmark("experts", args)
+    for num_experts, width in product(args.experts, args.widths):
+        overrides = {"n_routed_experts": num_experts, "moe_intermediate_size": width}
+        bench.compare_models(
+            [
+                experts_task(bench, direction, tokens, num_experts, width)
+                for direction, tokens in product(args.directions, args.tokens)
+            ],
+            variants=[CHAIN],
+            num_hidden_layers=1,
+            vocab_size=64,
+            **overrides,
+        )
+    return bench.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Times generation: reading a prompt (prefill), and one decode step with prompts of several lengths in the cache.
+
+    python benchmarks/generate.py --size mid
+    python benchmarks/generate.py --size paper --device cuda
+
+As `generate` does, a forward pass computes the logits of the last position only, and decoding is greedy. A decode
+figure is the mean of some consecutive steps; filling the cache is not part of it.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
+from transformers import DynamicCache, PreTrainedModel
+
+
+PREFILL = (4, 512)  # batch, length
+DECODE = {"decode_b1": (1, 128), "decode_b8": (8, 128), "decode_b1_ctx1024": (1, 1024)}  # batch, context
+DECODE_STEPS = 16
+
+
+def prefill_task(bench: Benchmark) -> Task:
+    """A forward pass over whole prompts, into an empty cache."""
+    batch, length = PREFILL
+    ids = random_ids(bench.args, batch, length)
+
+    def start(model: PreTrainedModel) -> Run:
+        model.eval()
+
+        @torch.no_grad()
+        def prefill() -> None:
+            model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+
+        return lambda: bench.clock(prefill)
+
+    return Task(
+        "prefill",
+        batch * length,
+        lambda config: [forward_work(config, batch, length, context=0, logits=1, itemsize=bench.itemsize)],
+        start,
+    )
+
+
+def decode_task(bench: Benchmark, name: str) -> Task:
+    """Greedy steps after a prompt that is in the cache."""
+    batch, context = DECODE[name]
+    steps = 2 if bench.args.quick else DECODE_STEPS
+    ids = random_ids(bench.args, batch, context)
+
+    @torch.no_grad()
+    def start(model: PreTrainedModel) -> Run:
+        model.eval().set_experts_implementation("grouped_mm")  # what decodes best may not be able to read a prompt
+        prompt_cache = DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=prompt_cache, use_cache=True, logits_to_keep=1).logits
+
+        @torch.no_grad()
+        def decode(cache: DynamicCache, token: torch.Tensor) -> None:
+            for _ in range(steps):
+                output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                token = output.logits.argmax(dim=-1)
+
+        def run() -> float:
+            cache = copy.deepcopy(prompt_cache)
+            return bench.clock(lambda: decode(cache, logits.argmax(dim=-1))) / steps
+
+        return run
+
+    mean_context = context + (steps - 1) / 2
+    return Task(
+        name,
+        batch,
+        lambda config: [forward_work(config, batch, 1, mean_context, logits=1, itemsize=bench.itemsize)],
+        start,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    names = ("prefill", *DECODE)
+    tasks = {"nargs": "+", "choices": names, "default": names, "help": "what to measure"}
+    args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)
+    bench = Benchmark("generate", args)
+    bench.compare_models(
+        [prefill_task(bench) if name == "prefill" else decode_task(bench, name) for name in args.tasks]
+    )
+    return bench.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,679 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the benchmarks share: sizes and targets, models, counts, timing, the machine's own rates, and the report.
+
+Chain-of-Experts with C=2 iterations of K=4 experts is compared with transformers' own `DeepseekV2ForCausalLM` with
+K=8, of the same widths and so of equal routed FLOPs. A third model, Chain-of-Experts with C=1, K=8 and the pre-norm
+residual, computes the logits of the native one with the same kernel, and so shows what our layer itself costs.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from modeling_coe import CoeConfig
+
+
+# ---- Sizes and targets ----------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Fields of both configurations, and the (batch, length) of a training step."""
+
+    fields: dict[str, int]
+    train: tuple[int, int] = (4, 256)
+    dtype: str = "float32"
+
+
+def _fields(hidden: int, width: int, vocab: int, latent: int, head: int, **fields: int) -> dict[str, int | None]:
+    return {
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "vocab_size": vocab,
+        "q_lora_rank": None,
+        "kv_lora_rank": latent,
+        "qk_nope_head_dim": head,
+        "qk_rope_head_dim": head // 2,
+        "v_head_dim": head,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "n_routed_experts": 63,
+        "n_shared_experts": 1,
+        **fields,
+    }
+
+
+TINY = {"num_hidden_layers": 1, "num_attention_heads": 2, "n_routed_experts": 15}
+SIZES = {
+    "tiny": Size(_fields(hidden=32, width=16, vocab=64, latent=16, head=16, **TINY), train=(2, 16)),
+    "small": Size(_fields(hidden=256, width=176, vocab=4096, latent=128, head=32)),
+    "mid": Size(_fields(hidden=512, width=352, vocab=8192, latent=256, head=64)),
+    "paper": Size(_fields(hidden=1024, width=704, vocab=102_400, latent=512, head=128), (64, 512), "bfloat16"),
+}
+
+NATIVE = {"num_experts_per_tok": 8}
+CHAIN, SINGLE = "CoE C=2 K=4", "CoE C=1 K=8"
+VARIANTS = {
+    CHAIN: {"num_experts_per_tok": 4, "inner_iter": 2},
+    SINGLE: {"num_experts_per_tok": 8, "inner_iter": 1, "prenorm_residual": True},
+}
+
+
+class Target(NamedTuple):
+    """Upper bounds of the chain's figures, on the CPU in fp32 and with the default implementation: of its ratio to the
+    native model by size, and of its distance to what the machine's own rates allow."""
+
+    small: float | None = None
+    mid: float | None = None
+    distance: float | None = None
+
+
+TARGETS = {
+    "train_step": Target(small=0.85, mid=0.85, distance=1.10),
+    "forward_backward": Target(distance=1.10),
+    "prefill": Target(small=0.80, mid=0.80, distance=1.0),
+    "decode_b1": Target(small=0.80, mid=0.70, distance=2.5),
+    "decode_b8": Target(small=0.85, mid=0.55, distance=2.5),
+    "decode_b1_ctx1024": Target(small=0.45, mid=0.30, distance=2.5),
+    "peak_memory": Target(mid=0.97),
+    SINGLE: Target(small=1.03, mid=1.03),  # in every task
+}
+
+NATIVE_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+DEFAULT_IMPLEMENTATION = "grouped_mm"
+# "batched_mm" copies the weights of every chosen expert for every token: above this it would only exhaust the memory.
+BATCHED_MM_LIMIT = 2 * 2**30
+SLOW = 2.0  # times the other: not measured to the last digit
+
+Run = Callable[[], float]  # does the work once and returns its seconds
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+def coe_config(size: str, variant: str = CHAIN, **overrides) -> CoeConfig:
+    """Configuration of a Chain-of-Experts variant."""
+    return CoeConfig(**SIZES[size].fields | VARIANTS[variant] | overrides)
+
+
+def native_config(size: str, **overrides) -> DeepseekV2Config:
+    """Configuration of transformers' own DeepSeek-V2 of the same size and routed FLOPs."""
+    return DeepseekV2Config(**SIZES[size].fields | NATIVE | overrides)
+
+
+def build(config: PreTrainedConfig, args: argparse.Namespace) -> PreTrainedModel:
+    """A model with random weights, on the device and in the dtype of the run."""
+    torch.manual_seed(args.seed)
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+
+
+@torch.no_grad()
+def copy_weights(native: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Gives a Chain-of-Experts model the native one's weights; routers after the first keep their own."""
+    weights = native.state_dict()
+    for name, parameter in model.named_parameters():
+        source = weights.get(name.replace(".gate.0.", ".gate."))
+        if source is not None:
+            parameter.copy_(source)
+
+
+def random_ids(args: argparse.Namespace, batch: int, length: int) -> torch.Tensor:
+    """Token ids (batch, length) on the device of the run, the same at every call."""
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(SIZES[args.size].fields["vocab_size"], (batch, length), generator=generator)
+    return ids.to(args.device)
+
+
+def reason(error: Exception) -> str:
+    """The beginning of an error's message, for a table."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line[:160]}"
+
+
+def available_implementations(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The experts implementations that can train one layer of this size here, and why the others cannot."""
+    names = args.implementations or [DEFAULT_IMPLEMENTATION, "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    model = build(coe_config(args.size, num_hidden_layers=1, vocab_size=64), args).train()
+    ids = torch.arange(16, device=args.device).view(2, 8)
+    available, unavailable = [], {}
+    for name in dict.fromkeys(names):
+        try:
+            model.set_experts_implementation(name)
+            model(input_ids=ids, labels=ids).loss.backward()
+            available.append(name)
+        except Exception as error:  # a missing package, kernel or device shows in any of them
+            unavailable[name] = reason(error)
+    return available, unavailable
+
+
+def same_kernel(native_implementation: str, available: list[str]) -> str:
+    """Our name of the implementation that the native model runs under `native_implementation`."""
+    ours = "torch_" + native_implementation
+    return ours if ours in available else native_implementation
+
+
+# ---- Counting -------------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """Floating-point operations (2 per multiply-add) that a result needs, and bytes that must be moved for it."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least time it takes a machine with these rates."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+def distinct_experts(config: CoeConfig, tokens: int) -> float:
+    """Expected number of routed experts of a layer that `tokens` tokens reach if every choice is equally likely."""
+    missed = 1 - config.num_experts_per_tok / config.n_routed_experts
+    return config.n_routed_experts * (1 - missed ** (tokens * config.inner_iter))
+
+
+def forward_work(config: CoeConfig, batch: int, length: int, context: float, logits: int, itemsize: int) -> Work:
+    """Work of one forward pass of a model without dense layers and query compression.
+
+    Attention is causal, in its expanded form. Weights are read once per pass, of the routed experts only the chosen
+    ones, and so are the latents in the cache; norms, embedded rows and activations are not counted.
+
+    Args:
+        batch (`int`): Number of sequences.
+        length (`int`): New tokens of each sequence.
+        context (`float`): Tokens of each sequence in the cache, a mean where it grows.
+        logits (`int`): Positions of each sequence whose logits are computed.
+        itemsize (`int`): Bytes of one weight.
+    """
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    tokens, latent = batch * length, config.kv_lora_rank + config.qk_rope_head_dim
+    attention = hidden * heads * config.qk_head_dim + hidden * latent
+    attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    attention += heads * config.v_head_dim * hidden
+    pairs = batch * (length * context + length * (length + 1) // 2)
+    router = config.n_routed_experts * hidden
+    head = hidden * config.vocab_size
+
+    flops = 2 * layers * tokens * (attention + config.inner_iter * router)
+    flops += 2 * layers * pairs * heads * (config.qk_head_dim + config.v_head_dim)
+    flops += tokens * config.expert_flops_per_token + 2 * batch * logits * head
+
+    routers = (config.inner_iter if config.use_igate else 1) * router
+    experts = (distinct_experts(config, tokens) + config.n_shared_experts) * 3 * hidden * config.moe_intermediate_size
+    read = layers * (attention + routers + experts + batch * context * latent) + head
+    return Work(flops, read * itemsize)
+
+
+def forward_and_backward(forward: Work) -> Work:
+    """Every product of the forward pass has two in the backward pass, and every weight gets a gradient."""
+    return Work(3 * forward.flops, 3 * forward.bytes)
+
+
+def adamw_work(config: CoeConfig, itemsize: int) -> Work:
+    """AdamW reads weights, gradients and both moments, and writes all but the gradients."""
+    return Work(0, 7 * config.total_parameters * itemsize)
+
+
+def refusal(implementation: str, config: PreTrainedConfig, tokens: int, training: bool, itemsize: int) -> str | None:
+    """Why an experts implementation should not even be tried on this many tokens at once, or `None`."""
+    calls = config.num_hidden_layers * getattr(config, "inner_iter", 1) if training else 1
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    copied = calls * tokens * config.num_experts_per_tok * expert * itemsize
+    if implementation == "batched_mm" and copied > BATCHED_MM_LIMIT:
+        return f"would copy {copied / 2**30:.0f} GiB of expert weights"
+    return None
+
+
+# ---- Timing ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that a call takes: CUDA events on a GPU, CPU time with one thread, else wall time.
+
+    CPU time of one thread does not count what other processes do in the meantime.
+    """
+
+    def __init__(self, device: str, threads: int):
+        self.device, self.threads = device, threads
+
+    def __call__(self, function: Callable[[], Any]) -> float:
+        if self.device.startswith("cuda"):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        now = time.process_time if self.threads == 1 else time.perf_counter
+        start = now()
+        function()
+        return now() - start
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """No garbage collection but the explicit one, which then only looks at what is new."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def alternate(runs: dict[str, Run], rounds: int, label: str = "") -> dict[str, list[float]]:
+    """Runs all of them in every round, in reverse order in every second one.
+
+    Returns:
+        `dict[str, list[float]]`: Seconds of each by round; equal positions were measured next to each other.
+    """
+    samples = {name: [] for name in runs}
+    with quiet_collector():
+        for index in tqdm(range(rounds), desc=label, leave=False, disable=None):
+            for name in list(runs)[:: -1 if index % 2 else 1]:
+                gc.collect()
+                samples[name].append(runs[name]())
+    return samples
+
+
+def fastest(samples: dict[str, list[float]]) -> str:
+    """Name of the samples with the least median."""
+    return min(samples, key=lambda name: statistics.median(samples[name]))
+
+
+class Spread(NamedTuple):
+    """Order statistics of samples."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    max: float
+
+
+def spread(samples: list[float]) -> Spread:
+    """Median, quartiles (linearly interpolated) and range."""
+    if len(samples) == 1:
+        return Spread(*samples * 5)
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, q1, q3, min(samples), max(samples))
+
+
+# ---- The machine ----------------------------------------------------------------------------------------------------
+
+
+def measure_rates(args: argparse.Namespace, clock: Clock, repeats: int = 3) -> dict[str, list[float]]:
+    """Samples of the FLOP/s of a large square matrix product, in the dtype of the run, and of the bytes/s of reading a
+    buffer far larger than the caches, by a sum and by a matrix-vector product."""
+    gemm_size, buffer_bytes, columns = (8192, 2**32, 2**14) if args.device.startswith("cuda") else (2048, 2**30, 2**14)
+    if args.size == "tiny":
+        gemm_size, buffer_bytes, columns = 128, 2**20, 2**10
+    kwargs = {"dtype": getattr(torch, args.dtype), "device": args.device}
+    left, right = (torch.randn(gemm_size, gemm_size, **kwargs) for _ in range(2))
+    product = torch.empty_like(left)
+    buffer = torch.ones(buffer_bytes // (columns * left.element_size()), columns, **kwargs)
+    vector = torch.ones(columns, **kwargs)
+    runs = {
+        "gemm": lambda: clock(lambda: torch.mm(left, right, out=product)),
+        "sum": lambda: clock(buffer.sum),
+        "mv": lambda: clock(lambda: torch.mv(buffer, vector)),
+    }
+    times = alternate(runs, repeats, "machine rates")
+    return {
+        "flops_per_second": [2 * gemm_size**3 / seconds for seconds in times["gemm"]],
+        "bytes_per_second": [buffer.nbytes / seconds for name in ("sum", "mv") for seconds in times[name]],
+    }
+
+
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return {
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "clock": "CUDA events" if args.device.startswith("cuda") else "CPU" if args.threads == 1 else "wall",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": args.date,
+    }
+
+
+# ---- One run of a script --------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Something both models do.
+
+    Args:
+        name (`str`): In tables and targets.
+        tokens (`int`): Tokens that one run gets done.
+        work (`Callable`): Configuration -> phases of work, one after the other, of one run.
+        start (`Callable`): Model -> run.
+        training (`bool`): Whether it keeps activations for a backward pass.
+    """
+
+    name: str
+    tokens: int
+    work: Callable[[CoeConfig], list[Work]]
+    start: Callable[[PreTrainedModel], Run]
+    training: bool = False
+
+
+@dataclass
+class Comparison:
+    """Paired samples, in seconds or bytes, of one of our models and of the native one.
+
+    `work` is what one of our samples has to do at least, `tokens` how many tokens it gets done.
+    """
+
+    task: str
+    variant: str
+    implementation: str
+    native_implementation: str
+    ours: list[float]
+    native: list[float]
+    unit: str = "s"
+    work: list[Work] | None = None
+    tokens: int | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / native for ours, native in zip(self.ours, self.native, strict=True)]
+
+    def targets(self, args: argparse.Namespace) -> dict[str, float]:
+        """Those of ratio and distance that there are."""
+        target = TARGETS.get(SINGLE if self.variant == SINGLE else self.task)
+        has_targets = args.device == "cpu" and args.dtype == "float32" and args.size in Target._fields
+        is_default = self.variant == SINGLE or self.implementation == DEFAULT_IMPLEMENTATION
+        if target is None or not has_targets or not is_default:
+            return {}
+        bounds = {"ratio": getattr(target, args.size), "distance": target.distance}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
+
+    def figures(self, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+        """Samples and everything derived from them, for the results."""
+        ours, ratio = statistics.median(self.ours), spread(self.ratios)
+        figures = asdict(self) | {
+            "ratios": self.ratios,
+            "ratio": ratio._asdict(),
+            "ours_median": ours,
+            "native_median": statistics.median(self.native),
+        }
+        values = {"ratio": ratio.median}
+        if self.work is not None:
+            figures["tokens_per_second"] = self.tokens / ours
+            figures["least_seconds"] = sum(phase.seconds(**rates) for phase in self.work)
+            figures["distance"] = values["distance"] = ours / figures["least_seconds"]
+        for name, target in self.targets(args).items():
+            figures |= {f"{name}_target": target, f"{name}_met": values[name] <= target}
+        return figures
+
+
+class Benchmark:
+    """Collects the comparisons of one script and writes them as JSON, Markdown table and plot."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        torch.set_num_threads(args.threads)
+        self.name, self.args = name, args
+        self.clock = Clock(args.device, args.threads)
+        self.itemsize = getattr(torch, args.dtype).itemsize
+        self.rate_samples = measure_rates(args, self.clock)
+        self.implementations, self.skipped = available_implementations(args)
+        self.native_samples: dict[str, dict[str, list[float]]] = {}
+        self.comparisons: list[Comparison] = []
+
+    def possible(self, label: str, implementation: str, config: PreTrainedConfig, task: Task, run: Run) -> bool:
+        """Whether an implementation can do a task, which is tried; notes why where it cannot."""
+        why = refusal(implementation, config, task.tokens, task.training, self.itemsize)
+        if why is None:
+            try:
+                run()
+            except Exception as error:  # out of memory, or whatever a kernel raises on this shape
+                why = reason(error)
+        if why is not None:
+            self.skipped[label] = why
+        return why is None
+
+    def native_best(self, task: Task, native: PreTrainedModel, run: Run) -> str:
+        """Name of the native model's fastest implementation in a short run, which is made once per task."""
+        if task.name not in self.native_samples:
+            runs = {name: using(native, name, run) for name in NATIVE_IMPLEMENTATIONS}
+            possible = {
+                name: run
+                for name, run in runs.items()
+                if self.possible(f"{task.name}, native, {name}", name, native.config, task, run)
+            }
+            label = f"{task.name}: native's best"
+            samples = alternate(possible, 1, label)
+            least = min(samples[name][0] for name in possible)
+            close = {name: run for name, run in possible.items() if samples[name][0] < SLOW * least}
+            for name, more in alternate(close, 2, label).items():
+                samples[name] += more
+            self.native_samples[task.name] = samples
+        return fastest(self.native_samples[task.name])
+
+    def compare_models(self, tasks: list[Task], variants: Iterable[str] = tuple(VARIANTS), **overrides) -> None:
+        """Times the tasks on the native model and on variants of ours: the chain with every implementation, the single
+        iteration with the native model's kernel. `overrides` are fields of the configurations."""
+        native = build(native_config(self.args.size, **overrides), self.args)
+        native_runs = {task.name: task.start(native) for task in tasks}
+        for variant in variants:
+            config = coe_config(self.args.size, variant, **overrides)
+            model = build(config, self.args)
+            copy_weights(native, model)
+            for task in tasks:
+                best = self.native_best(task, native, native_runs[task.name])
+                native_run, start = using(native, best, native_runs[task.name]), task.start(model)
+                names = self.implementations if variant == CHAIN else [same_kernel(best, self.implementations)]
+                for name in names:
+                    label, run = f"{task.name}, {variant}, {name}", using(model, name, start)
+                    if self.possible(label, name, config, task, run):
+                        samples = self.pairs(run, native_run, label)
+                        work = task.work(config)
+                        self.add(Comparison(task.name, variant, name, best, *samples, work=work, tokens=task.tokens))
+
+    def pairs(self, ours: Run, native: Run, label: str) -> tuple[list[float], list[float]]:
+        """Paired samples of two runs that are warm; few where ours is so slow that nobody needs its third digit."""
+        runs, few = {"ours": ours, "native": native}, min(2, self.args.pairs)
+        samples = alternate(runs, few, label)
+        if min(samples["ours"]) < SLOW * max(samples["native"]):
+            for name, more in alternate(runs, self.args.pairs - few, label).items():
+                samples[name] += more
+        return samples["ours"], samples["native"]
+
+    def add(self, comparison: Comparison) -> None:
+        """Keeps a comparison and prints its ratio."""
+        self.comparisons.append(comparison)
+        ratio = spread(comparison.ratios)
+        print(
+            f"{comparison.task:<20} {comparison.variant} {comparison.implementation:<18} "
+            f"{ratio.median:.3f} of native's {comparison.native_implementation} ({ratio.q1:.3f} to {ratio.q3:.3f})",
+            flush=True,
+        )
+
+    def write(self) -> dict[str, Any]:
+        """Measures the machine's rates once more, and writes results, table and plot."""
+        for name, samples in measure_rates(self.args, self.clock).items():
+            self.rate_samples[name] += samples
+        rates = {name: max(samples) for name, samples in self.rate_samples.items()}
+        results = {
+            "benchmark": self.name,
+            "machine": describe_machine(self.args),
+            "settings": {name: value for name, value in vars(self.args).items() if name != "output"},
+            "rates": rates,
+            "rate_samples": self.rate_samples,
+            "native_samples": self.native_samples,
+            "skipped": self.skipped,
+            "comparisons": [comparison.figures(self.args, rates) for comparison in self.comparisons],
+        }
+        self.args.output.mkdir(parents=True, exist_ok=True)
+        path = self.args.output / f"{self.name}-{self.args.size}"
+        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(results))
+        plot(results, path.with_suffix(".png"))
+        print(f"\n{markdown(results)}\nwritten to {path}.json, .md and .png")
+        return results
+
+
+def using(model: PreTrainedModel, implementation: str, run: Run) -> Run:
+    """The run with an experts implementation, chosen outside of the time that is measured."""
+
+    def run_with_implementation() -> float:
+        model.set_experts_implementation(implementation)
+        return run()
+
+    return run_with_implementation
+
+
+def parse_arguments(description: str, argv: list[str] | None, **extra: dict[str, Any]) -> argparse.Namespace:
+    """Reads the options all scripts share, and `extra` ones given as keyword arguments of `add_argument`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights; the size's if not given")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; more than one gives wall time")
+    parser.add_argument("--implementations", nargs="+", help="of CoE's experts; all that can run here if not given")
+    parser.add_argument("--pairs", type=int, default=7, help="of runs, ours and native's, for one figure")
+    parser.add_argument("--quick", action="store_true", help="two pairs: to try a script, not to measure")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="to write into the results")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of results and plots")
+    for name, options in extra.items():
+        parser.add_argument(f"--{name}", **options)
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or SIZES[args.size].dtype
+    if args.quick:
+        args.pairs = 2
+    if args.pairs < 1 or args.threads < 1:
+        parser.error("--pairs and --threads must be 1 or more")
+    return args
+
+
+# ---- Report ---------------------------------------------------------------------------------------------------------
+
+
+def quantity(value: float, unit: str) -> str:
+    """A time in milliseconds or a size in MiB."""
+    return f"{value * 1e3:,.4g} ms" if unit == "s" else f"{value / 2**20:,.1f} MiB"
+
+
+def verdict(row: dict[str, Any], name: str) -> str:
+    """The target of a figure and whether it is met."""
+    if f"{name}_target" not in row:
+        return ""
+    return f"<= {row[f'{name}_target']:.2f}: {'met' if row[f'{name}_met'] else 'not met'}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables: ratios, distances to the machine, what could not run."""
+    machine, settings, rates = results["machine"], results["settings"], results["rates"]
+    lines = [
+        f"# {results['benchmark']}, size {settings['size']}, {settings['dtype']}",
+        "",
+        f"{machine['device']}, {machine['threads']} of {machine['cores']} CPU cores, {machine['clock']} time, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}, {machine['date']}. The machine's own rates: "
+        f"{rates['flops_per_second'] / 1e9:,.1f} GFLOP/s in a matrix product, "
+        f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s read from memory.",
+        "",
+        "Ratio: CoE over native's best, median over {settings['pairs']} pairs of runs. Below 1 is better.",
+        "",
+        "| task | model | experts | CoE | native (experts) | ratio | quartiles | range | target |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
+    ]
+    for row in results["comparisons"]:
+        ratio, unit = row["ratio"], row["unit"]
+        lines.append(
+            f"| {row['task']} | {row['variant']} | {row['implementation']} | {quantity(row['ours_median'], unit)} "
+            f"| {quantity(row['native_median'], unit)} ({row['native_implementation']}) "
+            f"| {ratio['median']:.3f} | {ratio['q1']:.3f} to {ratio['q3']:.3f} "
+            f"| {ratio['min']:.3f} to {ratio['max']:.3f} | {verdict(row, 'ratio')} |"
+        )
+    lines += [
+        "",
+        "Distance to the machine: CoE's time over the least time its FLOPs and bytes take at the machine's own rates.",
+        "",
+        "| task | model | experts | tokens/s | least time | distance | target |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in results["comparisons"]:
+        if "distance" in row:
+            lines.append(
+                f"| {row['task']} | {row['variant']} | {row['implementation']} | {row['tokens_per_second']:,.0f} "
+                f"| {quantity(row['least_seconds'], 's')} | {row['distance']:.2f} | {verdict(row, 'distance')} |"
+            )
+    if results["skipped"]:
+        lines += ["", "Not measured:", ""]
+        lines += [f"- {what}: {why}" for what, why in results["skipped"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws the ratios as bars from 1, on a logarithmic axis, with their quartiles; targets are marked."""
+    rows = results["comparisons"][::-1]  # the axis runs upwards
+    names = list(dict.fromkeys(row["implementation"] for row in results["comparisons"]))
+    figure = Figure(figsize=(9, 1.5 + 0.3 * len(rows)))  # drawn by Agg, which needs no display
+    axes = figure.subplots()
+    for position, row in enumerate(rows):
+        ratio = row["ratio"]
+        error = [[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]]
+        color = f"C{names.index(row['implementation'])}"
+        axes.barh(position, ratio["median"] - 1, left=1, xerr=error, color=color, error_kw={"capsize": 2})
+        if "ratio_target" in row:
+            axes.plot(row["ratio_target"], position, "k|", markersize=14, markeredgewidth=2)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_ylim(-0.8, len(rows) - 0.2)
+    axes.set_yticks(
+        range(len(rows)), [f"{row['task']}, {row['variant']}, {row['implementation']}" for row in rows], fontsize=8
+    )
+    axes.set_xscale("log", base=2)
+    low = min([0.5, *(row["ratio"]["min"] for row in rows), *(row.get("ratio_target", 1) for row in rows)])
+    axes.set_xlim(0.9 * low, 1.1 * max([2, *(row["ratio"]["max"] for row in rows)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    machine, settings = results["machine"], results["settings"]
+    axes.set(
+        xlabel="CoE / native (left of 1: CoE needs less); bars: medians and quartiles, |: target",
+        title=f"{results['benchmark']}, {settings['size']}, {settings['dtype']}, {machine['device']}",
+    )
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

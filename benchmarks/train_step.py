@@ -1,0 +1,199 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Times a training step, with and without the optimizer, and measures its peak memory.
+
+    python benchmarks/train_step.py --size mid
+    python benchmarks/train_step.py --size paper --device cuda
+
+Both models are in training mode with their default configuration: Chain-of-Experts then adds its load-balancing loss
+to the cross-entropy, and the native model has none to add, so the time of that loss is part of our figures.
+"""
+
+import argparse
+import gc
+import math
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import (
+    CHAIN,
+    SIZES,
+    Benchmark,
+    Comparison,
+    Run,
+    Task,
+    Work,
+    adamw_work,
+    build,
+    coe_config,
+    fastest,
+    forward_and_backward,
+    forward_work,
+    native_config,
+    parse_arguments,
+    random_ids,
+    reason,
+    refusal,
+)
+from transformers import PreTrainedModel
+
+from modeling_coe import CoeConfig
+
+
+TASKS = ("train_step", "forward_backward", "peak_memory")
+
+
+def training_step(model: PreTrainedModel, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Forward, loss and backward, and with an optimizer its step."""
+    model(input_ids=ids, labels=ids).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def adamw(model: PreTrainedModel) -> torch.optim.AdamW:
+    """The `Trainer`'s default optimizer."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def time_tasks(bench: Benchmark) -> None:
+    """Times a step with the optimizer, and without."""
+    batch, length = SIZES[bench.args.size].train
+    ids = random_ids(bench.args, batch, length)
+
+    def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> Run:
+        model.train()
+        return lambda: bench.clock(lambda: training_step(model, ids, optimizer))
+
+    def gradients(config: CoeConfig) -> Work:
+        return forward_and_backward(forward_work(config, batch, length, 0, length, bench.itemsize))
+
+    tasks = [
+        Task(
+            "train_step",
+            batch * length,
+            lambda config: [gradients(config), adamw_work(config, bench.itemsize)],
+            lambda model: start(model, adamw(model)),
+            training=True,
+        ),
+        Task(
+            "forward_backward",
+            batch * length,
+            lambda config: [gradients(config)],
+            lambda model: start(model, None),
+            training=True,
+        ),
+    ]
+    if chosen := [task for task in tasks if task.name in bench.args.tasks]:
+        bench.compare_models(chosen)
+
+
+# ---- Peak memory ----------------------------------------------------------------------------------------------------
+
+
+def status_bytes(field: str) -> int:
+    """A memory field of this process, in bytes: `VmRSS`, resident now, or `VmHWM`, its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field!r}.")
+
+
+def peak_memory(args: argparse.Namespace, implementation: str, native: bool) -> tuple[int, int]:
+    """Bytes at the peak of a training step that is not the first, to be called in a fresh process.
+
+    Returns:
+        What the peak is above the memory before the model was built (weights, gradients, moments, activations) and
+        above the memory with the model (all that but the weights).
+    """
+    torch.set_num_threads(args.threads)
+    cuda = args.device.startswith("cuda")
+
+    def new_model(size: str) -> PreTrainedModel:
+        model = build(native_config(size) if native else coe_config(size), args).train()
+        model.set_experts_implementation(implementation)
+        return model
+
+    def resident() -> int:
+        gc.collect()
+        return torch.cuda.memory_allocated(args.device) if cuda else status_bytes("VmRSS")
+
+    # What the first step of a process loads and sets up, libraries and their workspaces, is no part of a model.
+    ids = random_ids(args, *SIZES[args.size].train)
+    tiny = new_model("tiny")
+    training_step(tiny, ids[:1, :8] % tiny.config.vocab_size, adamw(tiny))
+    del tiny
+
+    before = resident()
+    model = new_model(args.size)
+    built = resident()
+    optimizer = adamw(model)
+    training_step(model, ids, optimizer)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    training_step(model, ids, optimizer)
+    peak = torch.cuda.max_memory_allocated(args.device) if cuda else status_bytes("VmHWM")
+    return peak - before, peak - built
+
+
+def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -> None:
+    """Compares peaks, with a fresh process for every sample, ours and native's in turn."""
+    args, config = bench.args, coe_config(bench.args.size)
+    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        bench.skipped["peak_memory"] = "on the CPU it needs Linux's /proc/self/clear_refs"
+        return
+    # With this every freed block above 64 KiB goes back at once: resident memory is what is in use, without what
+    # malloc keeps for later. Read when a process starts.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    gc.collect()
+    torch.cuda.empty_cache()  # the processes share the device with this one
+
+    def sample(implementation: str, native: bool) -> tuple[int, int]:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(peak_memory, args, implementation, native).result()
+
+    tokens = math.prod(SIZES[args.size].train)
+    for name in bench.implementations:
+        why = refusal(name, config, tokens, training=True, itemsize=bench.itemsize)
+        try:
+            pairs = [] if why else [(sample(name, False), sample(native_implementation, True)) for _ in range(repeats)]
+        except RuntimeError as error:  # out of memory; a killed process is a `RuntimeError` too
+            why = reason(error)
+        if why is not None:
+            bench.skipped[f"peak_memory, {CHAIN}, {name}"] = why
+            continue
+        for index, task in enumerate(("peak_memory", "peak_memory_above_weights")):
+            ours, native = ([float(pair[side][index]) for pair in pairs] for side in (0, 1))
+            bench.add(Comparison(task, CHAIN, name, native_implementation, ours, native, "bytes"))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    tasks = {"nargs": "+", "choices": TASKS, "default": TASKS, "help": "what to measure"}
+    args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)
+    bench = Benchmark("train_step", args)
+    time_tasks(bench)
+    if "peak_memory" in args.tasks:
+        timed = bench.native_samples.get("train_step")
+        measure_memory(bench, fastest(timed) if timed else "grouped_mm", repeats=1 if args.quick else 3)
+    return bench.write()
+
+
+if __name__ == "__main__":
+    main()

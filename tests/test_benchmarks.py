@@ -1,0 +1,217 @@
+"""`benchmarks/`: what is counted, paired and derived, and that scripts report what they measured, at any speed."""
+
+import gc
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from modeling_coe import CoeConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+measure = importlib.import_module("measure")
+SCRIPTS = {name: importlib.import_module(name) for name in ("experts", "generate", "train_step")}
+
+
+@pytest.fixture
+def args():
+    return measure.parse_arguments("", ["--size", "tiny"])
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """The scripts set the number of threads, and how malloc of later processes works."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class TestCounts:
+    CONFIG = CoeConfig(
+        **{"hidden_size": 4, "num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 3, "qk_nope_head_dim": 2},
+        **{"qk_rope_head_dim": 2, "v_head_dim": 5, "vocab_size": 7, "num_hidden_layers": 2, "n_routed_experts": 5},
+        **{"moe_intermediate_size": 3, "num_experts_per_tok": 2, "inner_iter": 2, "n_shared_experts": 1},
+    )
+    ATTENTION = 4 * 8 + 4 * 5 + 3 * 2 * 7 + 10 * 4  # queries, latents, keys and values, output
+    ROUTER, EXPERT, HEAD = 5 * 4, 3 * 4 * 3, 4 * 7
+
+    def test_one_token(self):
+        work = measure.forward_work(self.CONFIG, batch=1, length=1, context=0, logits=1, itemsize=4)
+        products = self.ATTENTION + 2 * self.ROUTER + 2 * (2 + 1) * self.EXPERT + 2 * (4 + 5)
+        assert work.flops == 2 * (2 * products + self.HEAD) == 1688
+        chosen = 5 * (1 - (3 / 5) ** 2)  # an expert is missed by both iterations with 3/5 each
+        weights = 2 * (self.ATTENTION + 2 * self.ROUTER + (chosen + 1) * self.EXPERT) + self.HEAD
+        assert work.bytes == pytest.approx(4 * weights) == pytest.approx(2713.6)
+
+    def test_batch_with_cache(self):
+        work = measure.forward_work(self.CONFIG, batch=3, length=2, context=4, logits=1, itemsize=2)
+        per_token = self.ATTENTION + 2 * self.ROUTER + 2 * (2 + 1) * self.EXPERT
+        pairs = 3 * (5 + 6)  # the first new token sees 5, the second 6
+        assert work.flops == 2 * (2 * (6 * per_token + pairs * 2 * (4 + 5)) + 3 * self.HEAD) == 11904
+        chosen, latents = 5 * (1 - (3 / 5) ** 12), 3 * 4 * (3 + 2)
+        weights = 2 * (self.ATTENTION + 2 * self.ROUTER + (chosen + 1) * self.EXPERT + latents) + self.HEAD
+        assert work.bytes == pytest.approx(2 * weights)
+
+    def test_torch_counts_the_same(self, args):
+        native = measure.build(measure.native_config("tiny"), args)
+        native.set_experts_implementation("eager")
+        native.set_attn_implementation("eager")  # torch has no count for the fused one on the CPU
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            native(input_ids=torch.tensor([[1]]))
+        config = measure.coe_config("tiny", measure.SINGLE)
+        work = measure.forward_work(config, batch=1, length=1, context=0, logits=1, itemsize=4)
+        assert counter.get_total_flops() == work.flops
+
+    def test_training(self):
+        forward = measure.Work(10, 100)
+        assert measure.forward_and_backward(forward) == (30, 300)
+        assert measure.adamw_work(self.CONFIG, 4) == (0, 28 * self.CONFIG.total_parameters)
+
+    def test_least_time_is_the_slower_of_computing_and_reading(self):
+        assert measure.Work(10, 100).seconds(flops_per_second=5, bytes_per_second=100) == 2
+        assert measure.Work(10, 100).seconds(flops_per_second=5, bytes_per_second=10) == 10
+
+    def test_experts(self):
+        work = SCRIPTS["experts"].experts_work(self.CONFIG, 1, 4)
+        assert work.flops == 2 * 4 * self.EXPERT
+        assert work.bytes == pytest.approx(4 * 3.2 * self.EXPERT)
+
+    def test_copies_that_do_not_fit(self):
+        config = measure.coe_config("mid")
+        assert measure.refusal("batched_mm", config, 8, training=False, itemsize=4) is None
+        # 1024 tokens, 4 layers, 8 experts of 3 * 512 * 352 weights
+        why = measure.refusal("batched_mm", config, 1024, training=True, itemsize=4)
+        assert why == "would copy 66 GiB of expert weights"
+        assert measure.refusal("grouped_mm", config, 1024, training=True, itemsize=4) is None
+
+
+class TestPairs:
+    def test_order_alternates(self):
+        calls = []
+
+        def run(name: str) -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        samples = measure.alternate({"a": lambda: run("a"), "b": lambda: run("b")}, rounds=3)
+        assert "".join(calls) == "ab" + "ba" + "ab"
+        assert samples == {"a": [1, 4, 5], "b": [2, 3, 6]}
+        assert gc.isenabled() and gc.get_freeze_count() == 0
+
+    def test_spread(self):
+        assert measure.spread([4.0, 1.0, 2.0, 3.0, 10.0]) == (3, 2, 4, 1, 10)
+        assert measure.spread([1.0, 2.0]) == (1.5, 1.25, 1.75, 1, 2)
+        assert measure.spread([7.0]) == (7, 7, 7, 7, 7)
+
+    def test_ratio_is_the_median_of_ratios(self, args):
+        comparison = measure.Comparison("task", measure.CHAIN, "eager", "eager", [1.0, 6.0, 8.0], [2.0, 2.0, 8.0])
+        figures = comparison.figures(args, {})
+        assert figures["ratios"] == [0.5, 3.0, 1.0] and figures["ratio"]["median"] == 1.0
+        assert figures["ours_median"] / figures["native_median"] == 3.0
+
+    def test_fastest(self):
+        assert measure.fastest({"a": [1.0, 5.0, 6.0], "b": [4.0, 3.0, 9.0]}) == "b"
+
+
+class TestTargets:
+    def figures(self, ours: float, *options: str, **fields: str) -> dict:
+        names = {"task": "prefill", "variant": measure.CHAIN, "implementation": "grouped_mm"} | fields
+        work = [measure.Work(10, 0)]
+        comparison = measure.Comparison(**names, native_implementation="eager", ours=[ours], native=[10.0], work=work)
+        comparison.tokens = 4
+        args = measure.parse_arguments("", ["--size", "mid", *options])
+        return comparison.figures(args, {"flops_per_second": 2.0, "bytes_per_second": 1.0})
+
+    def test_met_or_not(self):
+        good, bad = self.figures(5.0), self.figures(9.0)
+        assert good["ratio_target"] == 0.80 and good["ratio_met"] and not bad["ratio_met"]
+        assert good["distance"] == 1.0 and good["distance_met"] and not bad["distance_met"]
+        assert good["tokens_per_second"] == 0.8
+
+    def test_single_iteration(self):
+        figures = self.figures(10.2, variant=measure.SINGLE)
+        assert figures["ratio_target"] == 1.03 and figures["ratio_met"] and "distance_target" not in figures
+
+    def test_where_there_are_none(self):
+        for figures in (
+            self.figures(5.0, implementation="eager"),
+            self.figures(5.0, "--device", "cuda"),
+            self.figures(5.0, "--dtype", "bfloat16"),
+        ):
+            assert not [name for name in figures if name.endswith(("_target", "_met"))]
+
+
+class TestModels:
+    def test_single_iteration_is_the_native_model(self, args):
+        native = measure.build(measure.native_config("tiny"), args).eval()
+        model = measure.build(measure.coe_config("tiny", measure.SINGLE), args).eval()
+        measure.copy_weights(native, model)
+        ids = measure.random_ids(args, 2, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, native(input_ids=ids).logits)
+
+    def test_equal_routed_flops(self):
+        chain, single = (measure.coe_config("mid", variant, n_shared_experts=0) for variant in measure.VARIANTS)
+        assert chain.expert_flops_per_token == single.expert_flops_per_token
+
+    def test_native_runs_upstreams_kernel(self):
+        assert ALL_EXPERTS_FUNCTIONS["grouped_mm"] is grouped_mm_experts_forward
+
+    def test_unavailable_implementations_have_a_reason(self):
+        args = measure.parse_arguments("", ["--size", "tiny", "--implementations", "eager", "no_such_kernel"])
+        available, unavailable = measure.available_implementations(args)
+        assert available == ["eager"]
+        assert "no_such_kernel" in unavailable["no_such_kernel"]
+
+
+OPTIONS = {
+    "experts": ["--tokens", "1", "16", "--experts", "16", "--implementations", "grouped_mm", "eager"],
+    "generate": ["--implementations", "grouped_mm"],
+    "train_step": ["--implementations", "grouped_mm"],
+}
+GENERATION = ("prefill", "decode_b1", "decode_b8", "decode_b1_ctx1024")
+ROWS = {  # tasks by model; the implementations of a single iteration follow from what the native model does best
+    "experts": {
+        measure.CHAIN: [
+            f"{direction} T={t} N=16 I=16" for direction in ("forward", "forward_backward") for t in (1, 16)
+        ]
+    },
+    "generate": {measure.CHAIN: GENERATION, measure.SINGLE: GENERATION},
+    "train_step": {
+        measure.CHAIN: ("train_step", "forward_backward", "peak_memory", "peak_memory_above_weights"),
+        measure.SINGLE: ("train_step", "forward_backward"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name, tmp_path, capsys):
+    argv = ["--size", "tiny", "--quick", "--date", "2026-01-31", "--output", str(tmp_path), *OPTIONS[name]]
+    SCRIPTS[name].main(argv)
+    results = json.loads((tmp_path / f"{name}-tiny.json").read_text())
+    rows, rates, table = results["comparisons"], results["rates"], (tmp_path / f"{name}-tiny.md").read_text()
+    assert results["machine"]["date"] == "2026-01-31" and results["machine"]["torch"] == torch.__version__
+    assert {rate: max(samples) for rate, samples in results["rate_samples"].items()} == rates
+    assert (tmp_path / f"{name}-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert table in capsys.readouterr().out
+    for variant, tasks in ROWS[name].items():
+        assert {row["task"] for row in rows if row["variant"] == variant} == set(tasks)
+    if name == "experts":
+        assert {row["implementation"] for row in rows} == {"grouped_mm", "eager"}
+    for row in rows:
+        assert row["ratios"] == [ours / native for ours, native in zip(row["ours"], row["native"], strict=True)]
+        assert row["ratio"] == measure.spread(row["ratios"])._asdict()
+        assert f"| {row['ratio']['median']:.3f} | {row['ratio']['q1']:.3f} to {row['ratio']['q3']:.3f}" in table
+        if row["unit"] == "bytes":
+            continue
+        assert row["native_implementation"] == measure.fastest(results["native_samples"][row["task"]])
+        phases = [max(f / rates["flops_per_second"], b / rates["bytes_per_second"]) for f, b in row["work"]]
+        assert row["distance"] == pytest.approx(row["ours_median"] / sum(phases))
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ours_median"])
