@@ -109,34 +109,28 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
 
 
 class _Rows(NamedTuple):
-    """Which token each row belongs to, and which rows belong to each expert."""
+    """The rows, sorted by expert: one for each token and expert chosen for it."""
 
-    token: torch.Tensor  # (R,) the row's token
-    slot: torch.Tensor  # (T, K) the row of a token's k-th expert; R where another rank computes it
+    choice: torch.Tensor  # (R,) which of the T * K choices a row is
+    slot: torch.Tensor  # (T, K) the row of a choice; R where another rank computes it
     counts: torch.Tensor  # (N,) rows of each expert
 
     @classmethod
     def sort(cls, top_k_index: torch.Tensor, num_experts: int) -> "_Rows":
-        sorted_index, order = top_k_index.reshape(-1).sort(stable=True)
+        sorted_index, choice = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(sorted_index, minlength=num_experts)
-        slot = torch.empty_like(order)
-        if len(counts) > num_experts:  # sorted to the end
+        slot = torch.empty_like(choice)
+        if len(counts) > num_experts:  # another rank's, sorted to the end
             counts = counts[:num_experts]
             num_rows = int(counts.sum())
             slot.fill_(num_rows)
-            order = order[:num_rows]
-        slot[order] = torch.arange(len(order), device=order.device)
-        return cls(order // top_k_index.shape[1], slot.view_as(top_k_index), counts)
+            choice = choice[:num_rows]
+        slot[choice] = torch.arange(len(choice), device=choice.device)
+        return cls(choice, slot.view_as(top_k_index), counts)
 
-
-def _segments(counts: torch.Tensor) -> dict[int, slice]:
-    """The experts that have rows, each with its rows."""
-    segments, start = {}, 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            segments[expert] = slice(start, start + count)
-            start += count
-    return segments
+    @property
+    def token(self) -> torch.Tensor:
+        return self.choice // self.slot.shape[1]
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -154,71 +148,67 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
         rows = _Rows.sort(top_k_index, len(gate_up_proj))
-        segments = _segments(rows.counts)
-        gate_up = _grouped_linear(tokens.index_select(0, rows.token), gate_up_proj, segments)
+        counts = rows.counts.tolist()
+        gate_up = _grouped_mm(tokens.index_select(0, rows.token), gate_up_proj.mT, counts)
         gate, up = gate_up.chunk(2, dim=-1)
-        outputs = _grouped_linear(act_fn(gate) * up, down_proj, segments)
+        outputs = _grouped_mm(act_fn(gate) * up, down_proj.mT, counts)
+        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tokens, top_k_weights, gate_up, gate_up_proj, down_proj, *rows)
+            ctx.save_for_backward(tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows)
             ctx.weights, ctx.act_fn = weights, act_fn
-        return _weighted_sum(outputs, rows.slot, top_k_weights)
+        outputs = outputs.mul_(row_weights) if outputs.dtype == row_weights.dtype else outputs * row_weights
+        return _sum_rows(outputs, rows.slot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens, top_k_weights, gate_up, gate_up_proj, down_proj, *rows = ctx.saved_tensors
+        tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows = ctx.saved_tensors
         rows = _Rows(*rows)
-        segments = _segments(rows.counts)
+        counts = rows.counts.tolist()
         gate, up = gate_up.chunk(2, dim=-1)
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             act = ctx.act_fn(gate)
         inner = act.detach() * up  # the input (R, I) of the down projection
 
-        # With w a row's weight, its share of the output is w * down(inner).
+        # With w the weight of a row, its share of the output is w * down(inner).
         grad_output = grad_output.to(tokens.dtype)
-        grad_inner = _grouped_linear(grad_output.index_select(0, rows.token), down_proj.mT, segments)
+        grad_inner = _grouped_mm(grad_output.index_select(0, rows.token), down_proj, counts)
         grad_top_k_weights = None
         if ctx.needs_input_grad[1]:
-            dtype = top_k_weights.dtype
-            products = torch.linalg.vecdot(grad_inner.to(dtype), inner.to(dtype))
-            grad_top_k_weights = _with_zero_row(products, rows.slot)[rows.slot]
-        row_weights = torch.empty(len(inner) + 1, 1, dtype=inner.dtype, device=inner.device)
-        row_weights[rows.slot.view(-1), 0] = top_k_weights.to(inner.dtype).view(-1)
-        grad_inner.mul_(row_weights[:-1])
+            grad_top_k_weights = row_weights.new_zeros(rows.slot.shape)
+            grad_row_weights = torch.linalg.vecdot(grad_inner.to(row_weights.dtype), inner.to(row_weights.dtype))
+            grad_top_k_weights.view(-1)[rows.choice] = grad_row_weights
+        row_weights = row_weights.to(inner.dtype)
+        grad_inner.mul_(row_weights)
 
         grad_gate_up = torch.empty_like(gate_up)
-        torch.mul(grad_inner, act.detach(), out=grad_gate_up[:, up.shape[1] :])
-        grad_gate_up[:, : up.shape[1]] = torch.autograd.grad(act, gate, grad_inner.mul_(up))[0]
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad_inner, act.detach(), out=grad_up)
+        grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
         if ctx.needs_input_grad[2]:
-            part = _GradientPart(segments, rows.token, tokens, grad_gate_up, inner.mul_(row_weights[:-1]), grad_output)
-            ctx.weights.add(part)
+            ctx.weights.add(_GradientPart(rows, tokens, grad_gate_up, inner.mul_(row_weights), grad_output))
         grad_tokens = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = _weighted_sum(_grouped_linear(grad_gate_up, gate_up_proj.mT, segments), rows.slot, None)
+            grad_tokens = _sum_rows(_grouped_mm(grad_gate_up, gate_up_proj, counts), rows.slot).to(tokens.dtype)
         return grad_tokens, grad_top_k_weights, None, None, None, None
 
 
-def _grouped_linear(inputs: torch.Tensor, weight: torch.Tensor, segments: dict[int, slice]) -> torch.Tensor:
-    """Rows (R, in) times the transpose of their expert's matrix in `weight` (N, out, in)."""
-    output = inputs.new_empty(len(inputs), weight.shape[1])
-    for expert, rows in segments.items():
-        _mm(inputs[rows], weight[expert].t(), out=output[rows])
+def _grouped_mm(inputs: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Rows (R, in) times the matrix of their expert in `weight` (N, in, out): (R, out)."""
+    output = inputs.new_empty(len(inputs), weight.shape[2])
+    for a, b, out in zip(inputs.split(counts), weight.unbind(), output.split(counts), strict=True):
+        if len(a):
+            _mm(a, b, out)
     return output
 
 
-def _weighted_sum(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Sums the K rows (R, H) of each token, weighted where `weights` (T, K) is given."""
-    values = _with_zero_row(values, slot)
-    if values.dtype in (torch.float32, torch.float64) and (weights is None or weights.dtype == values.dtype):
-        return F.embedding_bag(slot, values, mode="sum", per_sample_weights=weights)
-    terms = values[slot].to(torch.float32 if weights is None else weights.dtype)
-    return (terms if weights is None else terms * weights.unsqueeze(-1)).sum(dim=1).to(values.dtype)
-
-
-def _with_zero_row(values: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """`values`, with what slots of another rank's experts read appended where there are such slots."""
-    return torch.cat((values, values.new_zeros(1, *values.shape[1:]))) if slot.numel() > len(values) else values
+def _sum_rows(values: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Sums the rows (R, H) of each token's choices, `slot` (T, K), in float32 or wider: (T, H)."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if slot.numel() > len(values):  # choices that another rank computes
+        values = torch.cat((values, values.new_zeros(1, values.shape[1])))
+    return F.embedding_bag(slot, values, mode="sum")
 
 
 def _one_token(
@@ -245,18 +235,11 @@ def _one_token(
 class _GradientPart(NamedTuple):
     """What one call leaves for the gradients of the weights it used."""
 
-    segments: dict[int, slice]
-    token: torch.Tensor  # (R,)
+    rows: _Rows
     tokens: torch.Tensor  # (T, H), the input of the call
     grad_gate_up: torch.Tensor  # (R, 2I)
     inner: torch.Tensor  # (R, I), the weighted input of the down projection
     grad_output: torch.Tensor  # (T, H)
-
-    def gate_up_factors(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.grad_gate_up[rows], self.tokens.index_select(0, self.token[rows])
-
-    def down_factors(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.grad_output.index_select(0, self.token[rows]), self.inner[rows]
 
 
 class ExpertWeights:
@@ -293,36 +276,64 @@ class _WeightGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, _: None) -> tuple[torch.Tensor | None, ...]:
-        weights, grad_gate_up_proj, grad_down_proj = ctx.weights, None, None
-        if weights.backward_pass == torch._C._current_graph_task_id():
+        weights, parts = ctx.weights, ctx.weights.parts
+        grad_gate_up_proj = grad_down_proj = None
+        if parts and weights.backward_pass == torch._C._current_graph_task_id():
+            tokens, counts, position = _merge_rows([part.rows for part in parts], len(parts[0].tokens))
             if ctx.needs_input_grad[0]:
-                grad_gate_up_proj = _weight_gradient(
-                    weights.gate_up_proj, weights.parts, _GradientPart.gate_up_factors
+                grad_gate_up_proj = _outer_products(
+                    _merge([part.grad_gate_up for part in parts], position),
+                    torch.cat([part.tokens for part in parts]).index_select(0, tokens),
+                    counts,
                 )
             if ctx.needs_input_grad[1]:
-                grad_down_proj = _weight_gradient(weights.down_proj, weights.parts, _GradientPart.down_factors)
-        weights.parts.clear()
+                grad_down_proj = _outer_products(
+                    torch.cat([part.grad_output for part in parts]).index_select(0, tokens),
+                    _merge([part.inner for part in parts], position),
+                    counts,
+                )
+        parts.clear()
         return grad_gate_up_proj, grad_down_proj, None
 
 
-def _weight_gradient(
-    weight: torch.Tensor,
-    parts: list[_GradientPart],
-    factors: Callable[[_GradientPart, slice], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Sum of the outer products of output gradient and input over all rows of all calls, (N, out, in)."""
-    grad = _empty_in_huge_pages(weight.shape, weight.dtype)
-    for expert in range(len(weight)):
-        pairs = [factors(part, part.segments[expert]) for part in parts if expert in part.segments]
-        if pairs:
-            grad_output, inputs = pairs[0] if len(pairs) == 1 else map(torch.cat, zip(*pairs, strict=True))
-            _mm(grad_output.t(), inputs, out=grad[expert])
+def _merge_rows(calls: list[_Rows], num_tokens: int) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+    """Sorts the rows of all calls by expert.
+
+    Returns:
+        Their tokens, counted through all calls; the rows of each expert; and for each call, where its rows have gone.
+    """
+    counts = torch.stack([rows.counts for rows in calls])
+    token = torch.cat([rows.token + call * num_tokens for call, rows in enumerate(calls)])
+    if len(calls) == 1:
+        return token, counts[0].tolist(), [torch.arange(len(token))]
+    experts = torch.arange(counts.shape[1]).repeat(len(calls)).repeat_interleave(counts.flatten())
+    order = experts.argsort(stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order))
+    return token[order], counts.sum(dim=0).tolist(), list(position.split(counts.sum(dim=1).tolist()))
+
+
+def _merge(values: list[torch.Tensor], position: list[torch.Tensor]) -> torch.Tensor:
+    if len(values) == 1:
+        return values[0]
+    merged = values[0].new_empty(sum(map(len, values)), values[0].shape[1])
+    for value, index in zip(values, position, strict=True):
+        merged.index_copy_(0, index, value)
+    return merged
+
+
+def _outer_products(grad_output: torch.Tensor, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Each expert's sum over its rows (R, out) and (R, in) of their outer products: (N, out, in)."""
+    output = _empty_in_huge_pages((len(counts), grad_output.shape[1], inputs.shape[1]), inputs.dtype)
+    for a, b, out in zip(grad_output.split(counts), inputs.split(counts), output.unbind(), strict=True):
+        if len(a):
+            _mm(a.t(), b, out)
         else:
-            grad[expert].zero_()
-    return grad
+            out.zero_()
+    return output
 
 
-def _empty_in_huge_pages(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """`torch.empty`, in pages of 2 MiB where the system has them.
 
     Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
@@ -330,7 +341,8 @@ def _empty_in_huge_pages(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """
     num_elements = math.prod(shape)
     num_bytes = num_elements * dtype.itemsize
-    if num_bytes < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    # What is smaller comes from memory that malloc keeps, touched before.
+    if num_bytes < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:

@@ -78,9 +78,11 @@ class CoeAttention(DeepseekV2Attention):
 
     Where no gradient is needed and few queries meet a long cache (decoding), keys and values are not expanded from
     the latents: `kv_b_proj` is absorbed into the queries and the output instead (DeepSeek-V2, arXiv 2405.04434,
-    section 2.1.2). Elsewhere, SDPA on the CPU gets values padded to the width of the keys, without which it does not
-    take its flash kernel.
+    section 2.1.2). Elsewhere, SDPA on the CPU gets the values of long sequences padded to the width of the keys,
+    without which it does not take its flash kernel.
     """
+
+    min_flash_length = 128  # shorter sequences gain nothing from it
 
     def forward(
         self,
@@ -101,7 +103,8 @@ class CoeAttention(DeepseekV2Attention):
         else:
             query = torch.cat((query, query_rope), dim=-1)
             key, value = self.expand_kv(latent, key_rope)
-            if query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            pads = query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
+            if pads and query.shape[2] >= self.min_flash_length:
                 value = F.pad(value, (0, max(0, self.qk_head_dim - self.v_head_dim)))
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward

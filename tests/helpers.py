@@ -5,7 +5,7 @@ import torch
 from modeling_coe import CoeConfig, CoeForCausalLM
 
 
-EXPERTS_BACKENDS = ("eager", "batched_mm", "grouped_mm")
+EXPERTS_BACKENDS = ("eager", "batched_mm", "grouped_mm", "torch_grouped_mm")
 
 TINY = {
     "vocab_size": 99,
