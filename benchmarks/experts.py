@@ -41,6 +41,7 @@ from measure import (
 from transformers import PreTrainedModel
 
 from modeling_coe import CoeConfig
+from modeling_coe.experts import sharing_weights
 
 
 LEAST_SECONDS = 0.05  # of one sample; shorter calls are repeated
@@ -69,7 +70,7 @@ def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool)
         routings.append((indices.to(model.device), weights.to(model.device)))
 
     def call() -> None:
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), sharing_weights(experts):
             x = hidden_states
             for indices, weights in routings:
                 x = x + experts(x, indices, weights)

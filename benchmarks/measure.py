@@ -615,7 +615,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{rates['flops_per_second'] / 1e9:,.1f} GFLOP/s in a matrix product, "
         f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s read from memory.",
         "",
-        "Ratio: CoE over native's best, median over {settings['pairs']} pairs of runs. Below 1 is better.",
+        f"Ratio: CoE over native's best, median over {settings['pairs']} pairs of runs. Below 1 is better.",
         "",
         "| task | model | experts | CoE | native (experts) | ratio | quartiles | range | target |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",

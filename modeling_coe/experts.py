@@ -22,7 +22,6 @@ Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R row
 """
 
 import functools
-import math
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -187,7 +186,10 @@ class _GroupedExperts(torch.autograd.Function):
         torch.mul(grad_inner, act.detach(), out=grad_up)
         grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
         if ctx.needs_input_grad[2]:
-            ctx.weights.add(_GradientPart(rows, tokens, grad_gate_up, inner.mul_(row_weights), grad_output))
+            ctx.weights.add(
+                gate_up=_Factors(rows, grad_gate_up, tokens),
+                down=_Factors(rows, inner.mul_(row_weights), grad_output),
+            )
         grad_tokens = None
         if ctx.needs_input_grad[0]:
             grad_tokens = _sum_rows(_grouped_mm(grad_gate_up, gate_up_proj, counts), rows.slot).to(tokens.dtype)
@@ -232,14 +234,17 @@ def _one_token(
     return output[None]
 
 
-class _GradientPart(NamedTuple):
-    """What one call leaves for the gradients of the weights it used."""
+class _Factors(NamedTuple):
+    """What one call leaves for the gradient of a weight: the two sides of an outer product for each of its rows."""
 
     rows: _Rows
-    tokens: torch.Tensor  # (T, H), the input of the call
-    grad_gate_up: torch.Tensor  # (R, 2I)
-    inner: torch.Tensor  # (R, I), the weighted input of the down projection
-    grad_output: torch.Tensor  # (T, H)
+    by_row: torch.Tensor  # (R, width)
+    by_token: torch.Tensor  # (T, width)
+
+    def by_expert(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        counts = self.rows.counts.tolist()
+        for by_row, token in zip(self.by_row.split(counts), self.rows.token.split(counts), strict=True):
+            yield by_row, self.by_token.index_select(0, token)
 
 
 class ExpertWeights:
@@ -251,17 +256,23 @@ class ExpertWeights:
 
     def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-        self.parts: list[_GradientPart] = []
+        self.gate_up_factors: list[_Factors] = []  # output gradients by row, inputs by token
+        self.down_factors: list[_Factors] = []  # inputs by row, output gradients by token
         self.backward_pass: int | None = None
         self.anchor = _WeightGradients.apply(gate_up_proj, down_proj, self) if torch.is_grad_enabled() else None
 
-    def add(self, part: _GradientPart) -> None:
-        # A pass that ended before it reached the weights (for the gradient of an activation, say) left its parts.
+    def add(self, gate_up: _Factors, down: _Factors) -> None:
+        # A pass that ended before it reached the weights (for the gradient of an activation, say) left its factors.
         backward_pass = torch._C._current_graph_task_id()
         if backward_pass != self.backward_pass:
-            self.parts.clear()
+            self.clear()
             self.backward_pass = backward_pass
-        self.parts.append(part)
+        self.gate_up_factors.append(gate_up)
+        self.down_factors.append(down)
+
+    def clear(self) -> None:
+        self.gate_up_factors.clear()
+        self.down_factors.clear()
 
 
 class _WeightGradients(torch.autograd.Function):
@@ -276,81 +287,47 @@ class _WeightGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, _: None) -> tuple[torch.Tensor | None, ...]:
-        weights, parts = ctx.weights, ctx.weights.parts
-        grad_gate_up_proj = grad_down_proj = None
-        if parts and weights.backward_pass == torch._C._current_graph_task_id():
-            tokens, counts, position = _merge_rows([part.rows for part in parts], len(parts[0].tokens))
+        weights, grad_gate_up_proj, grad_down_proj = ctx.weights, None, None
+        if weights.backward_pass == torch._C._current_graph_task_id():
             if ctx.needs_input_grad[0]:
-                grad_gate_up_proj = _outer_products(
-                    _merge([part.grad_gate_up for part in parts], position),
-                    torch.cat([part.tokens for part in parts]).index_select(0, tokens),
-                    counts,
-                )
+                grad_gate_up_proj = _empty_in_huge_pages(weights.gate_up_proj)
+                _sum_outer_products(weights.gate_up_factors, out=grad_gate_up_proj)
+            weights.gate_up_factors.clear()  # frees them before the other gradient takes memory
             if ctx.needs_input_grad[1]:
-                grad_down_proj = _outer_products(
-                    torch.cat([part.grad_output for part in parts]).index_select(0, tokens),
-                    _merge([part.inner for part in parts], position),
-                    counts,
-                )
-        parts.clear()
+                grad_down_proj = _empty_in_huge_pages(weights.down_proj)
+                _sum_outer_products(weights.down_factors, out=grad_down_proj.mT)
+        weights.clear()
         return grad_gate_up_proj, grad_down_proj, None
 
 
-def _merge_rows(calls: list[_Rows], num_tokens: int) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
-    """Sorts the rows of all calls by expert.
-
-    Returns:
-        Their tokens, counted through all calls; the rows of each expert; and for each call, where its rows have gone.
-    """
-    counts = torch.stack([rows.counts for rows in calls])
-    token = torch.cat([rows.token + call * num_tokens for call, rows in enumerate(calls)])
-    if len(calls) == 1:
-        return token, counts[0].tolist(), [torch.arange(len(token))]
-    experts = torch.arange(counts.shape[1]).repeat(len(calls)).repeat_interleave(counts.flatten())
-    order = experts.argsort(stable=True)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order))
-    return token[order], counts.sum(dim=0).tolist(), list(position.split(counts.sum(dim=1).tolist()))
-
-
-def _merge(values: list[torch.Tensor], position: list[torch.Tensor]) -> torch.Tensor:
-    if len(values) == 1:
-        return values[0]
-    merged = values[0].new_empty(sum(map(len, values)), values[0].shape[1])
-    for value, index in zip(values, position, strict=True):
-        merged.index_copy_(0, index, value)
-    return merged
-
-
-def _outer_products(grad_output: torch.Tensor, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Each expert's sum over its rows (R, out) and (R, in) of their outer products: (N, out, in)."""
-    output = _empty_in_huge_pages((len(counts), grad_output.shape[1], inputs.shape[1]), inputs.dtype)
-    for a, b, out in zip(grad_output.split(counts), inputs.split(counts), output.unbind(), strict=True):
-        if len(a):
-            _mm(a.t(), b, out)
+def _sum_outer_products(factors: list[_Factors], out: torch.Tensor) -> None:
+    """Sum over all rows of all calls, by row times by token, for each expert: `out` (N, by row, by token)."""
+    for expert_out, *pairs in zip(out.unbind(), *(call.by_expert() for call in factors), strict=True):
+        by_row, by_token = pairs[0] if len(pairs) == 1 else map(torch.cat, zip(*pairs, strict=True))
+        if not len(by_row):
+            expert_out.zero_()
+        elif expert_out.is_contiguous():
+            _mm(by_row.t(), by_token, expert_out)
         else:
-            out.zero_()
-    return output
+            _mm(by_token.t(), by_row, expert_out.t())
 
 
-def _empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty`, in pages of 2 MiB where the system has them.
+def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
+    """`torch.empty_like` a contiguous tensor, in pages of 2 MiB where the system has them.
 
     Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
     costs nearly as much as computing what goes in.
     """
-    num_elements = math.prod(shape)
-    num_bytes = num_elements * dtype.itemsize
     # What is smaller comes from memory that malloc keeps, touched before.
-    if num_bytes < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if like.nbytes < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like)
+    memory = mmap.mmap(-1, like.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty_like(like)
     address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=-address % _HUGE_PAGE).view(shape)
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % _HUGE_PAGE).view_as(like)
 
 
 _HUGE_PAGE = 2**21
