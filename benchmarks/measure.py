@@ -504,8 +504,8 @@ class Benchmark:
             for task in tasks:
                 best = self.native_best(task, native, native_runs[task.name])
                 native_run, start = using(native, best, native_runs[task.name]), task.start(model)
-                names = self.implementations if variant == CHAIN else [same_kernel(best, self.implementations)]
-                for name in names:
+                single = (same_kernel(best, self.implementations), DEFAULT_IMPLEMENTATION)
+                for name in self.implementations if variant == CHAIN else dict.fromkeys(single):
                     label, run = f"{task.name}, {variant}, {name}", using(model, name, start)
                     if self.possible(label, name, config, task, run):
                         samples = self.pairs(run, native_run, label)

@@ -30,12 +30,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
+from transformers.utils.generic import maybe_autocast
 
 
 def grouped_mm_experts_forward(
@@ -57,7 +58,7 @@ def grouped_mm_experts_forward(
         if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         weights = ExpertWeights(gate_up_proj, down_proj)
-        if self.is_sharing_weights:
+        if self.is_sharing_weights and torch.is_grad_enabled():
             self.shared_weights = weights
     tokens = hidden_states.to(weights.gate_up_proj.dtype)
     if len(tokens) == 1 and not torch.is_grad_enabled():
@@ -132,6 +133,22 @@ class _Rows(NamedTuple):
         return self.choice // self.slot.shape[1]
 
 
+def _first_order(backward: Callable) -> Callable:
+    """Marks the backward of an autograd function that has no backward of its own, and that autocast leaves alone."""
+
+    @functools.wraps(backward)
+    def checked_backward(ctx: FunctionCtx, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "`grouped_mm` experts on the CPU have no second derivative (`create_graph=True`). "
+                'Choose `experts_implementation="torch_grouped_mm"`, "batched_mm" or "eager".'
+            )
+        with maybe_autocast("cpu", enabled=False):
+            return backward(ctx, grad_output)
+
+    return checked_backward
+
+
 class _GroupedExperts(torch.autograd.Function):
     """Weighted sum (T, H) of each token's experts. The weights' gradients are left to [`ExpertWeights`]."""
 
@@ -154,12 +171,12 @@ class _GroupedExperts(torch.autograd.Function):
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows)
-            ctx.weights, ctx.act_fn = weights, act_fn
+            ctx.gradients, ctx.act_fn = weights.gradients, act_fn
         outputs = outputs.mul_(row_weights) if outputs.dtype == row_weights.dtype else outputs * row_weights
         return _sum_rows(outputs, rows.slot)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows = ctx.saved_tensors
         rows = _Rows(*rows)
@@ -186,7 +203,7 @@ class _GroupedExperts(torch.autograd.Function):
         torch.mul(grad_inner, act.detach(), out=grad_up)
         grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
         if ctx.needs_input_grad[2]:
-            ctx.weights.add(
+            ctx.gradients.add(
                 gate_up=_Factors(rows, grad_gate_up, tokens),
                 down=_Factors(rows, inner.mul_(row_weights), grad_output),
             )
@@ -198,10 +215,12 @@ class _GroupedExperts(torch.autograd.Function):
 
 def _grouped_mm(inputs: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Rows (R, in) times the matrix of their expert in `weight` (N, in, out): (R, out)."""
-    output = inputs.new_empty(len(inputs), weight.shape[2])
-    for a, b, out in zip(inputs.split(counts), weight.unbind(), output.split(counts), strict=True):
-        if len(a):
-            _mm(a, b, out)
+    output, start = inputs.new_empty(len(inputs), weight.shape[2]), 0
+    for expert, count in enumerate(counts):
+        if count:  # in decoding most experts have no row
+            rows = slice(start, start + count)
+            _mm(inputs[rows], weight[expert], out=output[rows])
+            start += count
     return output
 
 
@@ -222,16 +241,20 @@ def _one_token(
 ) -> torch.Tensor:
     """A single token (1, H) without gradient: reads the weights of its experts once, and nothing else."""
     gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
-    chosen = [(slot, index) for slot, index in enumerate(top_k_index[0].tolist()) if index < len(gate_up_proj)]
-    gate_up = token.new_zeros(top_k_index.shape[1], gate_up_proj.shape[1])
-    for slot, index in chosen:
-        torch.mv(gate_up_proj[index], token[0], out=gate_up[slot])
+    slots, experts = [], []
+    for slot, expert in enumerate(top_k_index[0].tolist()):
+        if expert < len(gate_up_proj):
+            slots.append(slot)
+            experts.append(expert)
+    gate_up = token.new_empty(len(experts), gate_up_proj.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(gate_up_proj[expert], token[0], out=gate_up[row])
     gate, up = gate_up.chunk(2, dim=-1)
-    inner = (act_fn(gate) * up * top_k_weights[0, :, None]).to(token.dtype)
-    output = torch.zeros_like(token[0])
-    for slot, index in chosen:
-        output.addmv_(down_proj[index], inner[slot])
-    return output[None]
+    inner = act_fn(gate) * up
+    outputs = token.new_empty(len(experts), token.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(down_proj[expert], inner[row], out=outputs[row])
+    return (outputs * top_k_weights[0, slots].unsqueeze(-1)).sum(dim=0, keepdim=True)
 
 
 class _Factors(NamedTuple):
@@ -247,19 +270,13 @@ class _Factors(NamedTuple):
             yield by_row, self.by_token.index_select(0, token)
 
 
-class ExpertWeights:
-    """The expert weights of one layer in one forward pass, and what its calls leave for their gradients.
+class _PendingGradients:
+    """What the calls of a layer's experts have left, in one backward pass, for the gradients of the weights."""
 
-    `anchor` is an empty tensor that depends on the weights. Every call takes it, so that autograd reaches the weights
-    once, after the backward of all calls.
-    """
-
-    def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-        self.gate_up_factors: list[_Factors] = []  # output gradients by row, inputs by token
-        self.down_factors: list[_Factors] = []  # inputs by row, output gradients by token
+    def __init__(self):
+        self.gate_up: list[_Factors] = []  # output gradients by row, inputs by token
+        self.down: list[_Factors] = []  # inputs by row, output gradients by token
         self.backward_pass: int | None = None
-        self.anchor = _WeightGradients.apply(gate_up_proj, down_proj, self) if torch.is_grad_enabled() else None
 
     def add(self, gate_up: _Factors, down: _Factors) -> None:
         # A pass that ended before it reached the weights (for the gradient of an activation, say) left its factors.
@@ -267,36 +284,53 @@ class ExpertWeights:
         if backward_pass != self.backward_pass:
             self.clear()
             self.backward_pass = backward_pass
-        self.gate_up_factors.append(gate_up)
-        self.down_factors.append(down)
+        self.gate_up.append(gate_up)
+        self.down.append(down)
 
     def clear(self) -> None:
-        self.gate_up_factors.clear()
-        self.down_factors.clear()
+        self.gate_up.clear()
+        self.down.clear()
+
+
+class ExpertWeights:
+    """The expert weights of one layer in one forward pass.
+
+    `anchor` is an empty tensor that depends on the weights. Every call takes it, so that autograd reaches the weights
+    once, after the backward of all calls.
+    """
+
+    def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.gradients = _PendingGradients()
+        self.anchor = None
+        if torch.is_grad_enabled():
+            self.anchor = _WeightGradients.apply(gate_up_proj, down_proj, self.gradients)
 
 
 class _WeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, weights: ExpertWeights
+        ctx: FunctionCtx, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, gradients: _PendingGradients
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.weights = weights
+        ctx.gradients = gradients
+        # Not the weights themselves: a merged adapter's would live as long as the graph.
+        ctx.like = [weight.new_empty(weight.shape, device="meta") for weight in (gate_up_proj, down_proj)]
         return gate_up_proj.new_empty(0)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: FunctionCtx, _: None) -> tuple[torch.Tensor | None, ...]:
-        weights, grad_gate_up_proj, grad_down_proj = ctx.weights, None, None
-        if weights.backward_pass == torch._C._current_graph_task_id():
+        gradients, grad_gate_up_proj, grad_down_proj = ctx.gradients, None, None
+        if gradients.backward_pass == torch._C._current_graph_task_id():
             if ctx.needs_input_grad[0]:
-                grad_gate_up_proj = _empty_in_huge_pages(weights.gate_up_proj)
-                _sum_outer_products(weights.gate_up_factors, out=grad_gate_up_proj)
-            weights.gate_up_factors.clear()  # frees them before the other gradient takes memory
+                grad_gate_up_proj = _empty_in_huge_pages(ctx.like[0])
+                _sum_outer_products(gradients.gate_up, out=grad_gate_up_proj)
+            gradients.gate_up.clear()  # frees them before the other gradient takes memory
             if ctx.needs_input_grad[1]:
-                grad_down_proj = _empty_in_huge_pages(weights.down_proj)
-                _sum_outer_products(weights.down_factors, out=grad_down_proj.mT)
-        weights.clear()
+                grad_down_proj = _empty_in_huge_pages(ctx.like[1])
+                _sum_outer_products(gradients.down, out=grad_down_proj.mT)
+        gradients.clear()
         return grad_gate_up_proj, grad_down_proj, None
 
 
@@ -313,19 +347,19 @@ def _sum_outer_products(factors: list[_Factors], out: torch.Tensor) -> None:
 
 
 def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
-    """`torch.empty_like` a contiguous tensor, in pages of 2 MiB where the system has them.
+    """A CPU tensor of the shape and dtype of another, in pages of 2 MiB where the system has them.
 
     Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
     costs nearly as much as computing what goes in.
     """
     # What is smaller comes from memory that malloc keeps, touched before.
     if like.nbytes < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like)
+        return torch.empty(like.shape, dtype=like.dtype)
     memory = mmap.mmap(-1, like.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
-        return torch.empty_like(like)
+        return torch.empty(like.shape, dtype=like.dtype)
     address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
     return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % _HUGE_PAGE).view_as(like)
 

@@ -20,9 +20,9 @@ With `h` the residual stream after attention, C iterations, and one router per i
     x_{t+1} = x_t + y_t                                                     t = 0 .. C-1
     output  = x_C
 
-and the other residual rules of `CoeConfig` (paper section 3, equations 5-10). Attention, norms, rotary embedding, the
-dense MLP and the latent cache are transformers' own DeepSeek-V2. From top to bottom: router, experts, one iteration,
-the layer that owns the chain, the models.
+and the other residual rules of `CoeConfig` (paper section 3, equations 5-10). Norms, rotary embedding, the dense MLP,
+the latent cache and, but for two shortcuts, attention are transformers' own DeepSeek-V2. From top to bottom:
+attention, router, experts, one iteration, the layer that owns the chain, the models.
 
 Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
 """
@@ -100,11 +100,13 @@ class CoeAttention(DeepseekV2Attention):
 
         if self.absorbs(query, latent, attention_mask):
             output, attentions = self.absorbed_attention(query, query_rope, latent, key_rope, attention_mask)
+            if self.config._attn_implementation != "eager":  # no other returns them
+                attentions = None
         else:
             query = torch.cat((query, query_rope), dim=-1)
             key, value = self.expand_kv(latent, key_rope)
             pads = query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-            if pads and query.shape[2] >= self.min_flash_length:
+            if pads and not torch.compiler.is_exporting() and query.shape[2] >= self.min_flash_length:
                 value = F.pad(value, (0, max(0, self.qk_head_dim - self.v_head_dim)))
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
@@ -138,6 +140,8 @@ class CoeAttention(DeepseekV2Attention):
         expanded = self.qk_nope_head_dim + self.v_head_dim
         return (
             not torch.is_grad_enabled()
+            and not (self.training and self.attention_dropout)
+            and not torch.compiler.is_exporting()  # lengths may have no value to compare
             and length * (self.kv_lora_rank * expanded + context * (2 * self.kv_lora_rank - expanded))
             < context * self.kv_lora_rank * expanded
             and self.config._attn_implementation in ("eager", "sdpa")
@@ -148,7 +152,7 @@ class CoeAttention(DeepseekV2Attention):
             and type(self.kv_b_proj.weight) is nn.Parameter
             and not self.kv_b_proj._forward_pre_hooks
             and not self.kv_b_proj._forward_hooks
-            and not hasattr(self.kv_b_proj, "_hf_hook")
+            and "forward" not in vars(self.kv_b_proj)
         )
 
     def absorbed_attention(
@@ -166,15 +170,21 @@ class CoeAttention(DeepseekV2Attention):
         """
         weight = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        scores = (query @ to_key) @ latent.mT + query_rope @ key_rope.mT
+        latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
+        # einsum, since matmul would copy weights and latents for every pair of sequence and head.
+        query = torch.einsum("bhqn,hnr->bhqr", query, to_key)
+        scores = torch.einsum("bhqr,bkr->bhqk", query, latent) + torch.einsum("bhqr,bkr->bhqk", query_rope, key_rope)
         scores = scores * self.scaling
         if attention_mask is not None:
+            minimum = torch.finfo(scores.dtype).min  # not -inf, of which softmax makes NaN where all is masked
             if attention_mask.dtype == torch.bool:
-                attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
-            scores = scores + attention_mask
-        attentions = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        output = (attentions @ latent) @ to_value.mT
-        return output.transpose(1, 2), attentions
+                scores = scores.masked_fill(~attention_mask, minimum)
+            else:
+                scores = (scores + attention_mask).clamp(min=minimum)
+        attentions = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+        output = torch.einsum("bhqk,bkr->bhqr", attentions, latent)
+        output = torch.einsum("bhqr,hvr->bqhv", output, to_value)
+        return output, attentions
 
 
 class CoeRouter(DeepseekV2TopkRouter):
