@@ -173,15 +173,16 @@ class CoeAttention(DeepseekV2Attention):
         latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
         # einsum, since matmul would copy weights and latents for every pair of sequence and head.
         query = torch.einsum("bhqn,hnr->bhqr", query, to_key)
-        scores = torch.einsum("bhqr,bkr->bhqk", query, latent) + torch.einsum("bhqr,bkr->bhqk", query_rope, key_rope)
-        scores = scores * self.scaling
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.einsum("bhqr,bkr->bhqk", query.to(dtype), latent.to(dtype))
+        scores = (scores + torch.einsum("bhqr,bkr->bhqk", query_rope.to(dtype), key_rope.to(dtype))) * self.scaling
         if attention_mask is not None:
             minimum = torch.finfo(scores.dtype).min  # not -inf, of which softmax makes NaN where all is masked
             if attention_mask.dtype == torch.bool:
                 scores = scores.masked_fill(~attention_mask, minimum)
             else:
                 scores = (scores + attention_mask).clamp(min=minimum)
-        attentions = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+        attentions = scores.softmax(dim=-1).to(query.dtype)
         output = torch.einsum("bhqk,bkr->bhqr", attentions, latent)
         output = torch.einsum("bhqr,hvr->bqhv", output, to_value)
         return output, attentions
