@@ -348,8 +348,9 @@ class TestModel:
         torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
 
     @pytest.mark.usefixtures("reference_folder")
-    def test_official_gradients(self):
-        model, expected = load("coe2_inner", "megablocks")
+    @pytest.mark.parametrize("case", CASES)
+    def test_official_gradients(self, case):
+        model, expected = load(case, "megablocks")
         model.config.aux_loss_alpha = 0.0
         loss = model.train()(expected["input_ids"], labels=expected["input_ids"]).loss
         torch.testing.assert_close(loss, expected["train.loss"], atol=1e-5, rtol=0)
