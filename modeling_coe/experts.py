@@ -164,10 +164,9 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
         rows = _Rows.sort(top_k_index, len(gate_up_proj))
-        counts = rows.counts.tolist()
-        gate_up = _grouped_mm(tokens.index_select(0, rows.token), gate_up_proj.mT, counts)
+        gate_up = _grouped_mm(tokens.index_select(0, rows.token), gate_up_proj.mT, rows.counts)
         gate, up = gate_up.chunk(2, dim=-1)
-        outputs = _grouped_mm(act_fn(gate) * up, down_proj.mT, counts)
+        outputs = _grouped_mm(act_fn(gate) * up, down_proj.mT, rows.counts)
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows)
@@ -180,7 +179,6 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows = ctx.saved_tensors
         rows = _Rows(*rows)
-        counts = rows.counts.tolist()
         gate, up = gate_up.chunk(2, dim=-1)
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
@@ -189,7 +187,7 @@ class _GroupedExperts(torch.autograd.Function):
 
         # With w the weight of a row, its share of the output is w * down(inner).
         grad_output = grad_output.to(tokens.dtype)
-        grad_inner = _grouped_mm(grad_output.index_select(0, rows.token), down_proj, counts)
+        grad_inner = _grouped_mm(grad_output.index_select(0, rows.token), down_proj, rows.counts)
         grad_top_k_weights = None
         if ctx.needs_input_grad[1]:
             grad_top_k_weights = row_weights.new_zeros(rows.slot.shape)
@@ -209,19 +207,31 @@ class _GroupedExperts(torch.autograd.Function):
             )
         grad_tokens = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = _sum_rows(_grouped_mm(grad_gate_up, gate_up_proj, counts), rows.slot).to(tokens.dtype)
+            grad_tokens = _sum_rows(_grouped_mm(grad_gate_up, gate_up_proj, rows.counts), rows.slot).to(tokens.dtype)
         return grad_tokens, grad_top_k_weights, None, None, None, None
 
 
-def _grouped_mm(inputs: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _grouped_mm(inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Rows (R, in) times the matrix of their expert in `weight` (N, in, out): (R, out)."""
+    if _torch_takes(inputs, weight):
+        return F.grouped_mm(inputs, weight, offs=counts.cumsum(0, dtype=torch.int32))
     output, start = inputs.new_empty(len(inputs), weight.shape[2]), 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts.tolist()):
         if count:  # in decoding most experts have no row
             rows = slice(start, start + count)
             _mm(inputs[rows], weight[expert], out=output[rows])
             start += count
     return output
+
+
+def _torch_takes(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's own `grouped_mm` computes this dtype and these widths on the CPU, as fast as `_mm` does."""
+    return (
+        hasattr(F, "grouped_mm")
+        and inputs.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(width * inputs.itemsize % 16 == 0 for width in weight.shape[1:])
+        and not _is_onednn_faster()
+    )
 
 
 def _sum_rows(values: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
