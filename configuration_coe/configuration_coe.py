@@ -14,11 +14,21 @@
 """Chain-of-Experts (CoE, arXiv 2506.18945) model configuration."""
 
 import copy
-from math import comb
+from math import comb, prod
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import DeepseekV2Config
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 
 # The official implementation writes this `model_type`; its configurations are read as they are.
@@ -26,15 +36,31 @@ OFFICIAL_MODEL_TYPE = "coe_deepseekv2"
 
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+UPCYCLINGS = ("refine", "split")
 
-ResidualRule = Literal["inner", "outer", "both", "init", "prenorm", "none"]
+# The families whose attention, rotary embedding and norms a chain can be built on, and whose plans they keep.
+BACKBONES: dict[str, type[PreTrainedConfig]] = {
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "olmoe": OlmoeConfig,
+    "mixtral": MixtralConfig,
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+}
+_LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
+# Their attention asks whether its layer has a sliding window; the others' have one in all layers or in none.
+_WINDOW_BY_LAYER = ("qwen2_moe", "qwen3")
+
+ResidualRule = Literal["inner", "outer", "both", "init", "prenorm", "none", "refine", "split"]
 
 
 @strict
 class CoeConfig(DeepseekV2Config):
     r"""
-    Configuration of a Chain-of-Experts model: a DeepSeek-V2 decoder whose sparse layers route each token `inner_iter`
-    times, in sequence, through one set of experts.
+    Configuration of a Chain-of-Experts model: a decoder (DeepSeek-V2's, or that of another `backbone`) whose sparse
+    layers route each token `inner_iter` times, in sequence, through one set of experts.
 
     With `x_0 = post_attention_layernorm(h)` and `y_t` the output of iteration `t` (routed plus shared experts on
     `x_t`), the residual flags choose one of these rules:
@@ -47,9 +73,12 @@ class CoeConfig(DeepseekV2Config):
     | `"init"` | `x_0 + y_t` | `x_C` | `init_residual` | eq. 10 |
     | `"prenorm"` | `x_t + y_t` | `h + y_0 + ... + y_{C-1}` | `inner_residual`, `prenorm_residual` | pre-norm stream |
     | `"none"` | `y_t` | `x_C` | none | official code |
+    | `"refine"` | `x_t + s_t * y_t` | `h + y_{C-1}` | `upcycling="refine"` | converted models |
+    | `"split"` | `x_t + s_t * y_t` | `h + y_0 + ... + y_{C-1}` | `upcycling="split"` | converted models |
 
-    Every other combination raises. Under `"inner"`, `"init"` and `"none"` the un-normalised stream `h` does not reach
-    the next layer: this is what the paper's code computes, with one iteration too. `"prenorm"` with `inner_iter=1` is
+    `s_t` is a learned vector per layer and iteration (`iteration_scale`), zero in a new model. Every other
+    combination raises. Under `"inner"`, `"init"` and `"none"` the un-normalised stream `h` does not reach the next
+    layer: this is what the paper's code computes, with one iteration too. `"prenorm"` with `inner_iter=1` is
     exactly a DeepSeek-V2 layer.
 
     Fields that are not listed keep the meaning they have in [`DeepseekV2Config`]. All names of the official
@@ -68,13 +97,28 @@ class CoeConfig(DeepseekV2Config):
         prenorm_residual (`bool`, defaults to `False`):
             Keep the pre-norm residual stream: the layer adds all iterations' outputs to its un-normalised input.
             Needs `inner_residual` and excludes the other two flags.
+        upcycling (`str`, *optional*):
+            The chain of a converted mixture of experts, which computes the source's function as long as its scales
+            are zero. `"refine"` repeats the whole layer, and the last iteration is what counts. `"split"` spreads the
+            experts of the source over the iterations: each takes the next `num_experts_per_tok` of its router's order
+            that the token has not used yet, weights are normalised over all `inner_iter * num_experts_per_tok`, and
+            the shared experts run in the first iteration only. Needs the default flags and at least two iterations.
+        chain_layers (`list[int]`, *optional*):
+            Indices of the sparse layers that are chained, all by default. The others run once, on the pre-norm stream
+            and with all of a token's experts. For `"prenorm"`, `"refine"` and `"split"`.
         use_igate (`bool`, defaults to `True`):
             One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
+        backbone (`str`, defaults to `"deepseek_v2"`):
+            The family of transformers whose attention, rotary embedding and norms are used: `"deepseek_v2"`,
+            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"` or `"qwen3"`. Fields of
+            that family's attention keep its names. `"qwen2_moe"` gates its shared experts by a sigmoid.
         n_routed_experts (`int`, *optional*, defaults to 64):
             Number of routed experts N of a sparse layer. `None` makes every layer dense.
         n_shared_experts (`int`, *optional*, defaults to 1):
             Number of experts that see every token at every iteration, fused into one MLP of width
             `n_shared_experts * moe_intermediate_size`. `None` or 0 for none.
+        shared_expert_intermediate_size (`int`, *optional*):
+            Width of that MLP where it is another.
         num_experts_per_tok (`int`, defaults to 4):
             Number of routed experts K chosen per token **and iteration**.
         moe_intermediate_size (`int`, defaults to 1407):
@@ -83,6 +127,10 @@ class CoeConfig(DeepseekV2Config):
             The first this many layers are plain dense DeepSeek-V2 layers.
         moe_layer_freq (`int`, defaults to 1):
             Layers whose index is not a multiple of this are dense too.
+        mlp_only_layers (`list[int]`, *optional*):
+            Indices of further dense layers (Qwen).
+        decoder_sparse_step (`int`, defaults to 1):
+            Layers whose index plus one is not a multiple of this are dense too (Qwen).
         scoring_func (`str`, defaults to `"softmax"`):
             `"softmax"` (DeepSeek-V2) or `"sigmoid"` (DeepSeek-V3).
         topk_method (`str`, defaults to `"greedy"`):
@@ -106,8 +154,17 @@ class CoeConfig(DeepseekV2Config):
         router_z_loss_coef (`float`, defaults to 0.0):
             Coefficient of the router z-loss (mean squared log-partition of the router logits) in training.
         num_key_value_heads (`int`, *optional*):
-            Multi-head latent attention has one latent for all heads, so this has no effect: it is set to
-            `num_attention_heads` whatever is passed.
+            Number of key and value heads, `num_attention_heads` by default. Multi-head latent attention (the two
+            DeepSeek backbones) has one latent for all heads: there it is `num_attention_heads` whatever is passed.
+        sliding_window (`int`, *optional*):
+            Width of the attention window of all layers or, for `"qwen2_moe"` and `"qwen3"`, of those that
+            `layer_types` calls `"sliding_attention"`.
+        qkv_bias (`bool`, defaults to `True`):
+            Whether the query, key and value projections of `"qwen2_moe"` have a bias. (`attention_bias` elsewhere.)
+        clip_qkv (`float`, *optional*):
+            Bound on queries, keys and values of `"olmoe"`.
+        rope_interleave (`bool`, defaults to `True`):
+            Whether `"deepseek_v3"` rotates neighbouring dimensions, rather than those half a head apart.
 
     ```python
     >>> from configuration_coe import CoeConfig
@@ -128,7 +185,10 @@ class CoeConfig(DeepseekV2Config):
         "router_aux_loss_coef": "aux_loss_alpha",
     }
     # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
-    base_model_tp_plan = DeepseekV2Config.base_model_tp_plan.copy()
+    # `__post_init__` completes the plan of tensor parallelism by that of the backbone's attention.
+    base_model_tp_plan = {
+        module: style for module, style in DeepseekV2Config.base_model_tp_plan.items() if ".mlp." in module
+    }
     base_model_ep_plan = DeepseekV2Config.base_model_ep_plan.copy()
     base_model_pp_plan = DeepseekV2Config.base_model_pp_plan.copy()
 
@@ -137,11 +197,17 @@ class CoeConfig(DeepseekV2Config):
     outer_residual: bool = False
     init_residual: bool = False
     prenorm_residual: bool = False
+    upcycling: str | None = None
+    chain_layers: list[int] | None = None
     use_igate: bool = True
+    backbone: str = "deepseek_v2"
     n_routed_experts: int | None = 64
     n_shared_experts: int | None = 1
+    shared_expert_intermediate_size: int | None = None
     num_experts_per_tok: int | None = 4
     moe_layer_freq: int = 1
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: int = 1
     scoring_func: str = "softmax"
     n_group: int | None = 1
     topk_group: int | None = 1
@@ -149,6 +215,10 @@ class CoeConfig(DeepseekV2Config):
     aux_loss_alpha: int | float = 0.001
     seq_aux: bool = True
     router_z_loss_coef: int | float = 0.0
+    sliding_window: int | None = None
+    qkv_bias: bool = True
+    clip_qkv: int | float | None = None
+    rope_interleave: bool = True
 
     def __post_init__(self, **kwargs):
         model_type = kwargs.pop("model_type", self.model_type)
@@ -161,13 +231,37 @@ class CoeConfig(DeepseekV2Config):
         self.rope_parameters = copy.deepcopy(self.rope_parameters)
         if "rope_scaling" in kwargs:
             kwargs["rope_scaling"] = copy.deepcopy(kwargs["rope_scaling"])
-        self.num_key_value_heads = self.num_attention_heads
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"`backbone` is {self.backbone!r}; choose one of {tuple(BACKBONES)}.")
+        if self.backbone in _LATENT_ATTENTION or self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.backbone in _WINDOW_BY_LAYER and kwargs.get("layer_types") is None:
+            kwargs["layer_types"] = ["full_attention"] * self.num_hidden_layers
+        head_dim = self.head_dim
         super().__post_init__(**kwargs)
+        if self.backbone not in _LATENT_ATTENTION:
+            # What the parent sets for latent attention, and shared code reads as the sign of it.
+            self.head_dim = head_dim or self.hidden_size // self.num_attention_heads
+            self.qk_head_dim = None
+        attention_plan = {
+            module: style
+            for module, style in BACKBONES[self.backbone].base_model_tp_plan.items()
+            if ".self_attn." in module
+        }
+        self.base_model_tp_plan = attention_plan | type(self).base_model_tp_plan
         self.validate_chain()
         self.validate_routing()
 
     def validate_attention(self) -> None:
-        """Raises `ValueError` where sizes that follow from others were left behind. Part of `@strict` validation."""
+        """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
+        `@strict` validation."""
+        if self.backbone not in _LATENT_ATTENTION:
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"`num_attention_heads` is {self.num_attention_heads}, no multiple of `num_key_value_heads="
+                    f"{self.num_key_value_heads}`. Set `num_key_value_heads` to a divisor."
+                )
+            return
         for name, source, value in (
             ("num_key_value_heads", "num_attention_heads", self.num_attention_heads),
             ("head_dim", "qk_rope_head_dim", self.qk_rope_head_dim),
@@ -181,7 +275,7 @@ class CoeConfig(DeepseekV2Config):
 
     def validate_chain(self) -> None:
         """Raises `ValueError` where the fields of the chain exclude each other. Part of `@strict` validation."""
-        _at_least(self, 1, "inner_iter", "moe_layer_freq", "moe_intermediate_size")
+        _at_least(self, 1, "inner_iter", "moe_layer_freq", "decoder_sparse_step", "moe_intermediate_size")
         _at_least(self, 0, "first_k_dense_replace", "aux_loss_alpha", "router_z_loss_coef")
         if self.init_residual and (self.inner_residual or self.outer_residual or self.prenorm_residual):
             raise ValueError(
@@ -193,6 +287,31 @@ class CoeConfig(DeepseekV2Config):
                 f"`prenorm_residual=True` already adds the layer's input and feeds each iteration its predecessor's "
                 f"sum, got {self._residual_flags()}. Set `inner_residual=True` and `outer_residual=False`."
             )
+        if self.upcycling is not None:
+            if self.upcycling not in UPCYCLINGS:
+                raise ValueError(f"`upcycling` is {self.upcycling!r}; choose one of {UPCYCLINGS}, or None.")
+            if self.outer_residual or self.init_residual or self.prenorm_residual or not self.inner_residual:
+                raise ValueError(
+                    f"`upcycling={self.upcycling!r}` is a residual rule of its own, got {self._residual_flags()}. "
+                    "Leave these flags at their defaults."
+                )
+            if self.inner_iter < 2 or not self.use_igate:
+                raise ValueError(
+                    f"`upcycling={self.upcycling!r}` needs two iterations or more and a router for each, got "
+                    f"`inner_iter={self.inner_iter}` and `use_igate={self.use_igate}`. One iteration that keeps the "
+                    "source's function is `inner_iter=1` with `prenorm_residual=True`."
+                )
+        if self.chain_layers is None:
+            return
+        if self.residual_rule not in ("prenorm", *UPCYCLINGS):
+            raise ValueError(
+                f"`chain_layers` leaves the other layers on the pre-norm stream, which the residual rule "
+                f"{self.residual_rule!r} does not keep. Set `prenorm_residual=True` or `upcycling`, or "
+                "`chain_layers=None`."
+            )
+        sparse = [layer_idx for layer_idx in range(self.num_hidden_layers) if self._has_experts(layer_idx)]
+        if wrong := sorted(set(self.chain_layers) - set(sparse)):
+            raise ValueError(f"`chain_layers` holds {wrong}, which are no sparse layers. These are: {sparse}.")
 
     def validate_routing(self) -> None:
         """Raises `ValueError` where a token could not choose its K experts. Part of `@strict` validation."""
@@ -207,11 +326,12 @@ class CoeConfig(DeepseekV2Config):
         if self.n_routed_experts is None:
             return
         _at_least(self, 1, "n_routed_experts", "num_experts_per_tok")
-        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        if top_k > experts:
+        experts, top_k, chosen = self.n_routed_experts, self.num_experts_per_tok, self._num_ranked_experts
+        times = "" if chosen == top_k else f" in each of `inner_iter={self.inner_iter}` iterations"
+        if chosen > experts:
             raise ValueError(
-                f"`num_experts_per_tok` is {top_k}, but there are only `n_routed_experts={experts}` experts to choose "
-                f"from. Set it to {experts} or less."
+                f"`num_experts_per_tok` is {top_k}{times}, but there are only `n_routed_experts={experts}` experts to "
+                f"choose from. Set it to {experts * top_k // chosen} or less."
             )
         if self.topk_method == "greedy":
             return
@@ -224,10 +344,10 @@ class CoeConfig(DeepseekV2Config):
         if not 1 <= chosen_groups <= groups:
             raise ValueError(f"`topk_group` is {chosen_groups}; it must lie between 1 and `n_group={groups}`.")
         reachable = chosen_groups * (experts // groups)
-        if top_k > reachable:
+        if chosen > reachable:
             raise ValueError(
-                f"`num_experts_per_tok` is {top_k}, but `topk_group={chosen_groups}` of `n_group={groups}` groups "
-                f"hold only {reachable} experts. Choose more groups or at most {reachable} experts."
+                f"`num_experts_per_tok` is {top_k}{times}, but `topk_group={chosen_groups}` of `n_group={groups}` "
+                f"groups hold only {reachable} experts. Choose more groups or at most {reachable} experts."
             )
 
     def _residual_flags(self) -> str:
@@ -236,7 +356,9 @@ class CoeConfig(DeepseekV2Config):
 
     @property
     def residual_rule(self) -> ResidualRule:
-        """Name of the residual rule that the four flags select (see the table of the class)."""
+        """Name of the residual rule that the flags and `upcycling` select (see the table of the class)."""
+        if self.upcycling is not None:
+            return self.upcycling
         if self.prenorm_residual:
             return "prenorm"
         if self.init_residual:
@@ -249,32 +371,67 @@ class CoeConfig(DeepseekV2Config):
         }[self.inner_residual, self.outer_residual]
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` holds a chain of experts rather than a dense MLP."""
+        """Whether layer `layer_idx` holds experts rather than a dense MLP."""
+        return self.n_routed_experts is not None and self._has_experts(layer_idx)
+
+    def _has_experts(self, layer_idx: int) -> bool:
         return (
-            self.n_routed_experts is not None
-            and layer_idx >= self.first_k_dense_replace
+            layer_idx >= self.first_k_dense_replace
             and layer_idx % self.moe_layer_freq == 0
+            and layer_idx not in (self.mlp_only_layers or ())
+            and (layer_idx + 1) % self.decoder_sparse_step == 0
         )
+
+    def num_iterations(self, layer_idx: int) -> int:
+        """Number of iterations of layer `layer_idx`: 0 where it is dense, 1 where it is not chained."""
+        if not self.is_sparse_layer(layer_idx):
+            return 0
+        return self.inner_iter if self.chain_layers is None or layer_idx in self.chain_layers else 1
+
+    def experts_per_iteration(self, layer_idx: int) -> int:
+        """Number of routed experts that a token uses in each iteration of layer `layer_idx`: 0 where it is dense."""
+        iterations = self.num_iterations(layer_idx)
+        if iterations == 0:
+            return 0
+        return self._num_ranked_experts // iterations if self.upcycling == "split" else self.num_experts_per_tok
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Indices of the layers that hold experts."""
+        return [layer_idx for layer_idx in range(self.num_hidden_layers) if self.is_sparse_layer(layer_idx)]
 
     @property
     def num_sparse_layers(self) -> int:
-        """Number of layers that hold a chain of experts."""
-        return sum(self.is_sparse_layer(layer_idx) for layer_idx in range(self.num_hidden_layers))
+        """Number of layers that hold experts."""
+        return len(self.sparse_layers)
+
+    @property
+    def shared_expert_width(self) -> int:
+        """Width of the MLP of all shared experts, 0 where there are none."""
+        if not self.n_shared_experts:
+            return 0
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
 
     @property
     def expert_combinations(self) -> int:
-        """Number of ways in which one sparse layer can choose its experts for a token: `binomial(N, K) ** C`.
-        1 where all layers are dense."""
+        """Number of ways in which one chained layer can choose its experts for a token: `binomial(N, K) ** C`, or,
+        with `upcycling="split"`, where no expert is used twice, the product of `binomial(N - t * K, K)`. 1 where all
+        layers are dense."""
         if self.n_routed_experts is None:
             return 1
-        return comb(self.n_routed_experts, self.num_experts_per_tok) ** self.inner_iter
+        used = self.num_experts_per_tok if self.upcycling == "split" else 0
+        return prod(comb(self.n_routed_experts - t * used, self.num_experts_per_tok) for t in range(self.inner_iter))
 
     @property
     def expert_flops_per_token(self) -> int:
         """Forward floating-point operations (2 per multiply-add) that one token costs in the expert matrices, routed
         and shared, of all sparse layers and iterations. The routers are not counted."""
-        experts_per_iteration = (self.num_experts_per_tok or 0) + (self.n_shared_experts or 0)
-        return self.num_sparse_layers * self.inner_iter * experts_per_iteration * 2 * self._expert_parameters
+        width = 0
+        for layer_idx in self.sparse_layers:
+            iterations = self.num_iterations(layer_idx)
+            width += iterations * self.experts_per_iteration(layer_idx) * self.moe_intermediate_size
+            width += (1 if self.upcycling == "split" else iterations) * self.shared_expert_width
+        return 2 * 3 * self.hidden_size * width
 
     @property
     def total_parameters(self) -> int:
@@ -286,8 +443,11 @@ class CoeConfig(DeepseekV2Config):
     def active_parameters(self) -> int:
         """Number of parameters one token can use: all but the routed experts it does not choose. A token may choose
         an expert again in a later iteration; this counts the most it can reach, `min(N, C * K)` per layer."""
-        reached = min(self.n_routed_experts or 0, self.inner_iter * (self.num_experts_per_tok or 0))
-        return self._dense_parameters + self.num_sparse_layers * reached * self._expert_parameters
+        reached = sum(
+            min(self.n_routed_experts, self.num_iterations(layer_idx) * self.experts_per_iteration(layer_idx))
+            for layer_idx in self.sparse_layers
+        )
+        return self._dense_parameters + reached * self._expert_parameters
 
     @property
     def embedding_parameters(self) -> int:
@@ -299,33 +459,54 @@ class CoeConfig(DeepseekV2Config):
         return 3 * self.hidden_size * self.moe_intermediate_size
 
     @property
+    def _num_ranked_experts(self) -> int:
+        """Number of experts that one router ranks for a token: in a split layer those of all iterations."""
+        return self.num_experts_per_tok * (self.inner_iter if self.upcycling == "split" else 1)
+
+    @property
+    def _attention_parameters(self) -> int:
+        hidden, heads, bias = self.hidden_size, self.num_attention_heads, int(self.attention_bias)
+        if self.backbone in _LATENT_ATTENTION:
+            kv_out = self.kv_lora_rank + self.qk_rope_head_dim
+            parameters = hidden * kv_out + bias * kv_out + self.kv_lora_rank
+            parameters += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+            parameters += heads * self.v_head_dim * hidden + bias * hidden
+            if self.q_lora_rank is None:
+                return parameters + hidden * heads * self.qk_head_dim
+            return parameters + (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
+        query, key = heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        parameters = 2 * hidden * (query + key)
+        if self.backbone == "qwen2_moe":
+            parameters += int(self.qkv_bias) * (query + 2 * key)
+        elif self.backbone != "mixtral":
+            parameters += bias * (query + 2 * key + hidden)
+        if self.backbone == "olmoe":
+            parameters += query + key  # norms of queries and keys
+        elif self.backbone in ("qwen3_moe", "qwen3"):
+            parameters += 2 * self.head_dim
+        return parameters
+
+    @property
     def _dense_parameters(self) -> int:
         """All parameters but the routed experts."""
-        hidden, heads, bias = self.hidden_size, self.num_attention_heads, int(self.attention_bias)
-        kv_out = self.kv_lora_rank + self.qk_rope_head_dim
-        attention = hidden * kv_out + bias * kv_out + self.kv_lora_rank
-        attention += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-        attention += heads * self.v_head_dim * hidden + bias * hidden
-        if self.q_lora_rank is None:
-            attention += hidden * heads * self.qk_head_dim
-        else:
-            attention += (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
-        mlp_bias = int(self.mlp_bias)
+        hidden, mlp_bias = self.hidden_size, int(self.mlp_bias)
 
         def mlp(width: int) -> int:
             return 3 * hidden * width + mlp_bias * (2 * width + hidden)
 
-        routers = (self.inner_iter if self.use_igate else 1) * (self.n_routed_experts or 0) * hidden
-        shared_width = (self.n_shared_experts or 0) * self.moe_intermediate_size
-        sparse = routers + (mlp(shared_width) if shared_width else 0)
-        num_dense_layers = self.num_hidden_layers - self.num_sparse_layers
-        return (
-            self.embedding_parameters
-            + hidden
-            + self.num_hidden_layers * (attention + 2 * hidden)
-            + self.num_sparse_layers * sparse
-            + num_dense_layers * mlp(self.intermediate_size)
-        )
+        parameters = self.embedding_parameters + hidden
+        parameters += self.num_hidden_layers * (self._attention_parameters + 2 * hidden)
+        for layer_idx in range(self.num_hidden_layers):
+            if not self.is_sparse_layer(layer_idx):
+                parameters += mlp(self.intermediate_size)
+                continue
+            iterations = self.num_iterations(layer_idx)
+            parameters += (iterations if self.use_igate else 1) * self.n_routed_experts * hidden
+            if self.shared_expert_width:
+                parameters += mlp(self.shared_expert_width) + (hidden if self.backbone == "qwen2_moe" else 0)
+            if self.upcycling is not None:
+                parameters += (iterations - 1) * hidden
+        return parameters
 
 
 def _at_least(config: CoeConfig, minimum: int, *names: str) -> None:

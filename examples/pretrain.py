@@ -16,6 +16,7 @@
     python examples/pretrain.py --output-dir runs/demo
     python examples/pretrain.py --output-dir runs/gsm8k --data train.parquet --eval-data test.parquet
     python examples/pretrain.py --output-dir runs/gsm8k --data train.parquet --eval-data test.parquet --resume
+    python examples/pretrain.py --output-dir runs/more --model runs/demo/model --seed 1
 
 Data are pairs of a prompt and an answer: the built-in word problems of `arithmetic.py`, a parquet or JSON-lines file,
 or a data set of the Hub. The pairs are tokenised, joined by the end-of-sequence token and cut into blocks; the trained
@@ -53,6 +54,7 @@ from datasets.exceptions import DatasetsError
 from matplotlib.figure import Figure
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -83,6 +85,11 @@ POSITIVE_OPTIONS = (
     *("block_size", "hidden_size", "num_layers", "num_heads"),
     *("steps", "batch_size", "log_steps", "eval_steps", "eval_blocks", "save_steps"),
     *("num_problems", "max_new_tokens"),
+)
+# Options that a given model answers.
+SHAPE_OPTIONS = (
+    *("tokenizer", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "shared_experts"),
+    *("expert_width", "top_k", "iterations", "residual", "shared_router", "aux_loss", "init_range"),
 )
 # Options that say where a run writes and how it starts, not what it computes.
 START_OPTIONS = {"output_dir", "resume", "overwrite"}
@@ -134,6 +141,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--block-size", type=int, default=128, help="tokens in a training sequence")
 
     model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder or Hub name of a CoE model to go on with; its shape is then given")
     model.add_argument("--hidden-size", type=int, default=128)
     model.add_argument("--num-layers", type=int, default=2)
     model.add_argument("--num-heads", type=int, default=4)
@@ -166,6 +174,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
 
     args = parser.parse_args(argv)
+    if args.model is not None:
+        for name in SHAPE_OPTIONS:
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(
+                    f"{option(name)} is {getattr(args, name)}, but --model {args.model} has a shape and a tokenizer "
+                    "already. Leave one of the two out."
+                )
     check_arguments(args)
     return args
 
@@ -412,20 +427,22 @@ def train_tokenizer(examples: Iterable[Example], vocab_size: int) -> PreTrainedT
     )
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, given_by: str = "--tokenizer") -> PreTrainedTokenizerBase:
     """Loads a tokenizer and makes sure that it can end texts and pad prompts."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     except (OSError, ValueError) as error:
-        raise InputError(f"--tokenizer {source} cannot be loaded: {error}") from error
+        raise InputError(f"{given_by} {source}: the tokenizer cannot be loaded: {error}") from error
     if tokenizer.eos_token is None:
         raise InputError(
-            f"--tokenizer {source} has no `eos_token`, which ends every text. Set it in its tokenizer_config.json, or "
-            "leave the option out to train a tokenizer."
+            f"{given_by} {source}: the tokenizer has no `eos_token`, which ends every text. Set it in its "
+            "tokenizer_config.json, or leave the option out to train a tokenizer."
         )
-    # Not the end token: the embedding of the padding token is never trained.
     if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        if given_by == "--model":  # whose vocabulary has no room for another
+            tokenizer.pad_token = tokenizer.eos_token
+        else:  # not the end token: the embedding of the padding token is never trained
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
 
@@ -433,6 +450,8 @@ def choose_tokenizer(args: argparse.Namespace, corpus: Corpus) -> PreTrainedToke
     """The tokenizer of the run: its own if it is resumed, else the one asked for, else one trained on the data."""
     if is_resumable(args):
         return load_tokenizer(args.output_dir / "tokenizer")
+    if args.model is not None:
+        return load_tokenizer(args.model, "--model")
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer)
     return train_tokenizer(corpus.train, args.vocab_size)
@@ -519,7 +538,10 @@ def fingerprint_of(train: torch.Tensor, held_out: dict[str, torch.Tensor]) -> st
 
 
 def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> CoeConfig:
-    """The configuration the options ask for, with the head sizes in the paper's proportions to the hidden size."""
+    """The configuration of the given model, or the one that the options ask for, with the head sizes in the paper's
+    proportions to the hidden size."""
+    if args.model is not None:
+        return load_given_model(args, AutoConfig)
     head_dim = args.hidden_size // args.num_heads
     fields = {
         "vocab_size": len(tokenizer),
@@ -548,6 +570,25 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
         return CoeConfig(**fields, **RESIDUAL_FLAGS[args.residual])
     except ValueError as error:
         raise InputError(f"{error} (--help tells which option sets which field.)") from error
+
+
+def load_given_model(args: argparse.Namespace, auto_class: type) -> CoeConfig | CoeForCausalLM:
+    """The model of `--model`, or only its configuration.
+
+    Raises:
+        InputError: It cannot be loaded, or is no Chain-of-Experts model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        loaded = config if auto_class is AutoConfig else auto_class.from_pretrained(args.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {args.model} cannot be loaded: {error}") from error
+    if not isinstance(config, CoeConfig):
+        raise InputError(
+            f"--model {args.model} is a {config.model_type!r} model, not a chain of experts. Convert it with "
+            "`coe-convert`."
+        )
+    return loaded
 
 
 class Stopwatch(TrainerCallback):
@@ -587,7 +628,7 @@ def training_arguments(args: argparse.Namespace, evaluate_first: bool) -> Traini
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=args.eval_steps,
-        eval_on_start=evaluate_first,  # the loss of the untrained model, kept in every checkpoint's log
+        eval_on_start=evaluate_first,  # the loss before training, kept in every checkpoint's log
         save_steps=args.save_steps,
         save_total_limit=2,
         report_to="none",
@@ -616,7 +657,7 @@ def train(
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         return Run(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
     set_seed(args.seed)
-    model = CoeForCausalLM(config)
+    model = CoeForCausalLM(config) if args.model is None else load_given_model(args, AutoModelForCausalLM)
     stopwatch = Stopwatch()
     trainer = Trainer(
         model=model,
@@ -643,12 +684,12 @@ def unigram_loss(train_blocks: torch.Tensor, blocks: torch.Tensor, vocab_size: i
 def held_out_table(
     log: list[dict[str, float]], train_blocks: torch.Tensor, held_out_blocks: dict[str, torch.Tensor], vocab_size: int
 ) -> dict[str, dict[str, float]]:
-    """Losses of the untrained model, the unigram baseline and the trained model by split."""
+    """Losses of the model before training, the unigram baseline and the trained model by split."""
     table = {}
     for split, blocks in held_out_blocks.items():
         losses = [entry[f"eval_{split}_loss"] for entry in log if f"eval_{split}_loss" in entry]
         unigram = unigram_loss(train_blocks, blocks, vocab_size)
-        table[split] = {"untrained": losses[0], "unigram": unigram, "trained": losses[-1]}
+        table[split] = {"before": losses[0], "unigram": unigram, "trained": losses[-1]}
     return table
 
 
@@ -705,7 +746,7 @@ def exact_match(examples: list[Example], solutions: list[str]) -> float | None:
 
 
 def plot_losses(log: list[dict[str, float]], table: dict[str, dict[str, float]], path: Path) -> None:
-    """Draws the training and held-out losses over the steps, with the untrained and unigram losses as lines."""
+    """Draws the training and held-out losses over the steps, with those before training and of unigrams as lines."""
     figure = Figure(figsize=(8, 5))  # drawn by Agg, which needs no display
     axes = figure.subplots()
     training = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -714,7 +755,7 @@ def plot_losses(log: list[dict[str, float]], table: dict[str, dict[str, float]],
         key = f"eval_{split}_loss"
         evaluated = [(entry["step"], entry[key]) for entry in log if key in entry]
         axes.plot(*zip(*evaluated, strict=True), f"C{color}o-", markersize=3, label=f"held out: {split}")
-        axes.axhline(losses["untrained"], color=f"C{color}", linestyle=":", label=f"untrained: {split}")
+        axes.axhline(losses["before"], color=f"C{color}", linestyle=":", label=f"before training: {split}")
         axes.axhline(losses["unigram"], color=f"C{color}", linestyle="--", label=f"unigram: {split}")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="Chain-of-Experts pre-training")
     axes.legend()
@@ -723,7 +764,7 @@ def plot_losses(log: list[dict[str, float]], table: dict[str, dict[str, float]],
 
 def print_report(results: dict[str, Any]) -> None:
     """Prints the losses, the speed, some solutions and the exact match."""
-    print(f"\n{'held-out loss':<16}{'untrained':>12}{'unigram':>12}{'trained':>12}{'exact match':>14}")
+    print(f"\n{'held-out loss':<16}{'before':>12}{'unigram':>12}{'trained':>12}{'exact match':>14}")
     for split, losses in results["held_out_loss"].items():
         match = results["exact_match"][split]
         shown = "-" if match is None else f"{match:.1%}"

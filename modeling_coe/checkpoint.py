@@ -31,8 +31,8 @@ from .configuration_coe import CoeConfig
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-# What a sparse layer has a fixed number of: routers and experts.
-_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.")
+# What a sparse layer has a fixed number of: routers, experts and scales.
+_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.|iteration_scale$")
 # Fused parameter -> the projections it concatenates, under their names in the official layout.
 _FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _WEIGHT_FILE = re.compile(
@@ -86,14 +86,18 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
     return keys
 
 
-def expected_keys(config: CoeConfig, fused: bool) -> set[str]:
-    """Names of a sparse layer's routers and experts, in the fused layout or in the official one."""
-    routers = [f"mlp.gate.{t}" for t in range(config.inner_iter)] if config.use_igate else ["mlp.gate"]
+def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
+    """Names of what makes sparse layer `layer_idx` a chain (routers, experts, scales), in the fused layout or in the
+    official one."""
+    iterations = config.num_iterations(layer_idx)
+    routers = [f"mlp.gate.{t}" for t in range(iterations)] if config.use_igate else ["mlp.gate"]
     keys = {f"{router}.weight" for router in routers}
     if config.topk_method == "noaux_tc":
         keys |= {f"{router}.e_score_correction_bias" for router in routers}
-    if config.n_shared_experts:
+    if config.shared_expert_width:
         keys |= {f"mlp.shared_experts.{projection}_proj.weight" for projection in ("gate", "up", "down")}
+    if config.upcycling is not None and iterations > 1:
+        keys.add("iteration_scale")
     for name, projections in _FUSED_PROJECTIONS.items():
         if fused:
             keys.add(f"mlp.experts.{name}")
@@ -125,9 +129,10 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
         return
 
     problems = []
-    for layer_idx in filter(config.is_sparse_layer, range(config.num_hidden_layers)):
+    for layer_idx in config.sparse_layers:
         names = found[layer_idx]
-        expected = expected_keys(config, fused=any(f"mlp.experts.{name}" in names for name in _FUSED_PROJECTIONS))
+        fused = any(f"mlp.experts.{name}" in names for name in _FUSED_PROJECTIONS)
+        expected = expected_keys(config, layer_idx, fused)
         counted = {name for name in names if _COUNTED_KEY.match(name)}
         for kind, wrong in (("lacks", expected - names), ("has, beyond the model's,", counted - expected)):
             if wrong:

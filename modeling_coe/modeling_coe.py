@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Chain-of-Experts (CoE, arXiv 2506.18945): a DeepSeek-V2 decoder whose sparse layers chain their experts.
+"""Chain-of-Experts (CoE, arXiv 2506.18945): a decoder whose sparse layers chain their experts.
 
 With `h` the residual stream after attention, C iterations, and one router per iteration, a sparse layer computes
 
@@ -20,9 +20,9 @@ With `h` the residual stream after attention, C iterations, and one router per i
     x_{t+1} = x_t + y_t                                                     t = 0 .. C-1
     output  = x_C
 
-and the other residual rules of `CoeConfig` (paper section 3, equations 5-10). Norms, rotary embedding, the dense MLP,
-the latent cache and, but for two shortcuts, attention are transformers' own DeepSeek-V2. From top to bottom:
-attention, router, experts, one iteration, the layer that owns the chain, the models.
+and the other residual rules of `CoeConfig` (paper section 3, equations 5-10). Attention, rotary embedding and norms
+are transformers' own, those of DeepSeek-V2 or another of the `backbones`. From top to bottom: router, experts, one
+iteration, the layer that owns the chain, the models.
 
 Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
 """
@@ -37,11 +37,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -49,165 +50,54 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
-    DeepseekV2Attention,
     DeepseekV2Experts,
     DeepseekV2MLP,
-    DeepseekV2Model,
     DeepseekV2PreTrainedModel,
-    DeepseekV2RMSNorm,
-    DeepseekV2RotaryEmbedding,
     DeepseekV2TopkRouter,
-    apply_rotary_emb,
-    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import maybe_autocast
-from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .backbones import BACKBONES
 from .balancing import balancing_losses, label_token_share, router_scores
 from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 
 
-class CoeAttention(DeepseekV2Attention):
-    """DeepSeek-V2's latent attention, with two detours that change its cost and not its result.
-
-    Where no gradient is needed and few queries meet a long cache (decoding), keys and values are not expanded from
-    the latents: `kv_b_proj` is absorbed into the queries and the output instead (DeepSeek-V2, arXiv 2405.04434,
-    section 2.1.2). Elsewhere, SDPA on the CPU gets the values of long sequences padded to the width of the keys,
-    without which it does not take its flash kernel.
-    """
-
-    min_flash_length = 128  # shorter sequences gain nothing from it
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, query_rope = self.queries(hidden_states)
-        latent, key_rope = self.latents(hidden_states)
-        query_rope, key_rope = apply_rotary_emb(query_rope, key_rope, position_embeddings.to(query_rope.device))
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
-
-        if self.absorbs(query, latent, attention_mask):
-            output, attentions = self.absorbed_attention(query, query_rope, latent, key_rope, attention_mask)
-            if self.config._attn_implementation != "eager":  # no other returns them
-                attentions = None
-        else:
-            query = torch.cat((query, query_rope), dim=-1)
-            key, value = self.expand_kv(latent, key_rope)
-            pads = query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-            if pads and not torch.compiler.is_exporting() and query.shape[2] >= self.min_flash_length:
-                value = F.pad(value, (0, max(0, self.qk_head_dim - self.v_head_dim)))
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            dropout = self.attention_dropout if self.training else 0.0
-            output, attentions = attention(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-            output = output[..., : self.v_head_dim]
-        return self.o_proj(output.flatten(2)), attentions
-
-    def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of the queries without and with position, (B, heads, S, qk_nope_head_dim or qk_rope_head_dim)."""
-        if self.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
-        return query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-
-    def latents(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache holds: compressed keys and values, and the keys' part with position, (B, 1, S, width)."""
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
-            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-        )
-        return self.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
-
-    def absorbs(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether absorbing `kv_b_proj` is possible, and cheaper than expanding all latents."""
-        length, context = query.shape[2], latent.shape[2]
-        expanded = self.qk_nope_head_dim + self.v_head_dim
-        return (
-            not torch.is_grad_enabled()
-            and not (self.training and self.attention_dropout)
-            and not torch.compiler.is_exporting()  # lengths may have no value to compare
-            and length * (self.kv_lora_rank * expanded + context * (2 * self.kv_lora_rank - expanded))
-            < context * self.kv_lora_rank * expanded
-            and self.config._attn_implementation in ("eager", "sdpa")
-            # Without a mask, several queries are causal.
-            and (length == 1 if attention_mask is None else attention_mask.dim() == 4)
-            # Adapters, quantisation, parallel plans and offloading act when the projection is called.
-            and type(self.kv_b_proj) is nn.Linear
-            and type(self.kv_b_proj.weight) is nn.Parameter
-            and not self.kv_b_proj._forward_pre_hooks
-            and not self.kv_b_proj._forward_hooks
-            and "forward" not in vars(self.kv_b_proj)
-        )
-
-    def absorbed_attention(
-        self,
-        query: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        key_rope: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over the latents themselves, one key and value for all heads.
-
-        Returns:
-            The heads' outputs (B, S, heads, v_head_dim) and the attention weights (B, heads, S, context).
-        """
-        weight = self.kv_b_proj.weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
-        # einsum, since matmul would copy weights and latents for every pair of sequence and head.
-        query = torch.einsum("bhqn,hnr->bhqr", query, to_key)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.einsum("bhqr,bkr->bhqk", query.to(dtype), latent.to(dtype))
-        scores = (scores + torch.einsum("bhqr,bkr->bhqk", query_rope.to(dtype), key_rope.to(dtype))) * self.scaling
-        if attention_mask is not None:
-            minimum = torch.finfo(scores.dtype).min  # not -inf, of which softmax makes NaN where all is masked
-            if attention_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attention_mask, minimum)
-            else:
-                scores = (scores + attention_mask).clamp(min=minimum)
-        attentions = scores.softmax(dim=-1).to(query.dtype)
-        output = torch.einsum("bhqk,bkr->bhqr", attentions, latent)
-        output = torch.einsum("bhqr,hvr->bqhv", output, to_value)
-        return output, attentions
-
-
 class CoeRouter(DeepseekV2TopkRouter):
     """Chooses K of N experts for every token and weighs them, in fp32 (or wider) whatever the model's dtype.
 
-    Extends DeepSeek-V2's router by sigmoid scores, the selection bias of DeepSeek-V3 and normalised weights.
+    Extends DeepSeek-V2's router by sigmoid scores, the selection bias of DeepSeek-V3, normalised weights, and choosing
+    among the experts that earlier iterations have not used.
     """
 
-    def __init__(self, config: CoeConfig):
+    def __init__(self, config: CoeConfig, layer_idx: int = 0):
         super().__init__(config)
+        self.top_k = config.experts_per_iteration(layer_idx)
+        # A split layer ranks the experts of all its iterations, and each iteration takes its part of them.
+        self.num_ranked = self.top_k * (config.num_iterations(layer_idx) if config.upcycling == "split" else 1)
         self.scoring_func = config.scoring_func
-        self.norm_topk_prob = config.norm_topk_prob and self.top_k > 1
+        normalizes_single_expert = BACKBONES[config.backbone].normalizes_single_expert
+        self.norm_topk_prob = config.norm_topk_prob and (self.num_ranked > 1 or normalizes_single_expert)
         # The official code leaves normalised weights unscaled; DeepSeek-V3, where sigmoid scores come from, does not.
         if self.norm_topk_prob and self.scoring_func == "softmax":
             self.routed_scaling_factor = 1.0
         if self.topk_method == "noaux_tc":
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, used_experts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor`): (B, S, H) or (T, H).
+            used_experts (`torch.Tensor`, *optional*): (T, U) experts of earlier iterations of a split layer, which
+                are not chosen again and count among those that the weights are normalised over.
 
         Returns:
             Raw logits (T, N), weights (T, K) and indices (T, K, int64) of the chosen experts, in no order.
@@ -217,15 +107,18 @@ class CoeRouter(DeepseekV2TopkRouter):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
             scores = router_scores(router_logits, self.scoring_func)
-            top_k_index = self.choose(scores)
+            top_k_index = self.choose(scores, used_experts)
             top_k_weights = scores.gather(-1, top_k_index)
             if self.norm_topk_prob:
                 top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
             top_k_weights = top_k_weights * self.routed_scaling_factor
-        return router_logits, top_k_weights, top_k_index
+        first = 0 if used_experts is None else used_experts.shape[-1]
+        taken = slice(first, first + self.top_k)
+        return router_logits, top_k_weights[:, taken], top_k_index[:, taken]
 
-    def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """Indices (T, K) of the experts chosen by their scores (T, N) under `topk_method`."""
+    def choose(self, scores: torch.Tensor, used_experts: torch.Tensor | None = None) -> torch.Tensor:
+        """Indices (T, K) of the experts chosen by their scores (T, N) under `topk_method`. In a split layer they are
+        (T, C * K): those used before, then the others in falling order."""
         if self.topk_method == "noaux_tc":
             scores = scores + self.e_score_correction_bias.to(scores.dtype)
         if self.topk_method != "greedy" and (num_groups := self.num_group or 1) > 1:
@@ -236,7 +129,9 @@ class CoeRouter(DeepseekV2TopkRouter):
             kept_groups = group_scores.topk(self.topk_group or 1, dim=-1, sorted=False).indices
             dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept_groups, False)
             scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
-        return scores.topk(self.top_k, dim=-1, sorted=False).indices
+        if used_experts is not None:
+            scores = scores.scatter(-1, used_experts, float("inf"))
+        return scores.topk(self.num_ranked, dim=-1, sorted=self.num_ranked > self.top_k).indices
 
 
 @use_experts_implementation(experts_interface=COE_EXPERTS_FUNCTIONS)
@@ -284,51 +179,66 @@ class CoeMoE(nn.Module):
     does so before the next iteration routes.
     """
 
-    def __init__(self, config: CoeConfig):
+    def __init__(self, config: CoeConfig, layer_idx: int = 0):
         super().__init__()
         self.use_igate = config.use_igate
         self.gate = (
-            nn.ModuleList([CoeRouter(config) for _ in range(config.inner_iter)])
+            nn.ModuleList([CoeRouter(config, layer_idx) for _ in range(config.num_iterations(layer_idx))])
             if config.use_igate
-            else CoeRouter(config)
+            else CoeRouter(config, layer_idx)
         )
         self.experts = CoeExperts(config)
-        self.shared_experts = (
-            DeepseekV2MLP(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
-            if config.n_shared_experts
-            else None
-        )
+        self.shares_once = config.upcycling == "split"
+        self.shared_experts = self.shared_expert_gate = None
+        if config.shared_expert_width:
+            self.shared_experts = DeepseekV2MLP(config, intermediate_size=config.shared_expert_width)
+            if BACKBONES[config.backbone].gates_shared_experts:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor, iteration: int = 0) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, iteration: int = 0, used_experts: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor`): (B, S, H), the input `x_t` of this iteration.
             iteration (`int`, defaults to 0): t, from 0 to C-1; chooses the router.
+            used_experts (`list[torch.Tensor]`, *optional*): (T, K) experts of each earlier iteration of a split layer,
+                which are not chosen again. Those of this iteration are appended.
 
         Returns:
             `torch.Tensor`: (B, S, H), `y_t` without any residual.
         """
         router = self.gate[iteration] if self.use_igate else self.gate
-        _, top_k_weights, top_k_index = router(hidden_states)
+        excluded = torch.cat(used_experts, dim=-1) if used_experts else None
+        _, top_k_weights, top_k_index = router(hidden_states, excluded)
+        if used_experts is not None:
+            used_experts.append(top_k_index)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+        if self.shared_experts is not None and not (self.shares_once and iteration > 0):
+            shared_output = self.shared_experts(hidden_states)
+            if self.shared_expert_gate is not None:
+                shared_output = self.shared_expert_gate(hidden_states).sigmoid() * shared_output
+            output = output + shared_output
         return output
 
 
 class CoeDecoderLayer(GradientCheckpointingLayer):
-    """DeepSeek-V2 attention, then the chain of experts, or a plain pre-norm MLP where the layer is dense."""
+    """Attention, then the chain of experts, or a plain pre-norm MLP where the layer is dense."""
 
     def __init__(self, config: CoeConfig, layer_idx: int):
         super().__init__()
-        self.is_sparse = config.is_sparse_layer(layer_idx)
-        self.num_iterations = config.inner_iter
-        self.residual_rule = config.residual_rule
-        self.self_attn = CoeAttention(config, layer_idx)
-        self.mlp = CoeMoE(config) if self.is_sparse else DeepseekV2MLP(config)
-        self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        backbone = BACKBONES[config.backbone]
+        self.num_iterations = config.num_iterations(layer_idx)
+        self.is_sparse = self.num_iterations > 0
+        is_chained = config.chain_layers is None or layer_idx in config.chain_layers
+        self.residual_rule = config.residual_rule if is_chained else "prenorm"
+        self.self_attn = backbone.attention(config, layer_idx)
+        self.mlp = CoeMoE(config, layer_idx) if self.is_sparse else DeepseekV2MLP(config)
+        self.input_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.is_sparse and self.residual_rule in ("refine", "split"):
+            self.iteration_scale = nn.Parameter(torch.zeros(self.num_iterations - 1, config.hidden_size))
 
     def forward(
         self,
@@ -357,20 +267,30 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
         rule = self.residual_rule
+        used_experts = [] if rule == "split" else None
         x = x_0 = self.post_attention_layernorm(hidden_states)
         with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
-                y = self.mlp(x, iteration)
-                if rule == "prenorm":
+                y = self.mlp(x, iteration, used_experts)
+                if rule in ("prenorm", "split"):
                     hidden_states = hidden_states + y
-                if rule in ("inner", "both", "prenorm"):
-                    y = x + y
-                elif rule == "init":
-                    y = x_0 + y
-                x = y
-        if rule == "prenorm":
+                x = self.next_input(x_0, x, y, iteration)
+        if rule in ("prenorm", "split"):
             return hidden_states
+        if rule == "refine":
+            return hidden_states + y
         return hidden_states + x if rule in ("outer", "both") else x
+
+    def next_input(self, x_0: torch.Tensor, x: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`x_{t+1}` from the chain's first input, the iteration's input and its output, all (B, S, H)."""
+        if self.residual_rule in ("inner", "both", "prenorm"):
+            return x + y
+        if self.residual_rule == "init":
+            return x_0 + y
+        if self.residual_rule in ("refine", "split"):
+            is_last = iteration == self.num_iterations - 1
+            return x if is_last else x + self.iteration_scale[iteration] * y
+        return y
 
 
 # What a saved folder needs to load where this package is not installed.
@@ -390,7 +310,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     _no_split_modules = ["CoeDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
-        "attentions": CoeAttention,
+        "attentions": [backbone.attention for backbone in BACKBONES.values()],
         "router_logits": OutputRecorder(CoeRouter, index=0),
         "router_indices": OutputRecorder(CoeRouter, index=2),
     }
@@ -400,6 +320,8 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         super()._init_weights(module)  # covers the routers' weights and the experts' 3D parameters
         if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
             init.zeros_(module.e_score_correction_bias)
+        if isinstance(module, CoeDecoderLayer) and hasattr(module, "iteration_scale"):
+            init.zeros_(module.iteration_scale)
 
     @classmethod
     def _model_class(cls) -> type:
@@ -465,19 +387,19 @@ class CoeModelOutputWithPast(MoeModelOutputWithPast):
 
 
 @auto_docstring
-class CoeModel(CoePreTrainedModel, DeepseekV2Model):
+class CoeModel(CoePreTrainedModel):
     def __init__(self, config: CoeConfig):
-        # Not `DeepseekV2Model.__init__`, which would build and initialise DeepSeek-V2's own layers first.
-        PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         config.validate()  # fields may have been set after construction
+        backbone = BACKBONES[config.backbone]
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
             [CoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DeepseekV2RotaryEmbedding(config=config)
+        self.norm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = backbone.rotary_embedding(config=config)
         self.gradient_checkpointing = False
         if config.num_sparse_layers and config.topk_method == "noaux_tc":
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -485,27 +407,48 @@ class CoeModel(CoePreTrainedModel, DeepseekV2Model):
         # Training always records the routers; installed on first use, these hooks would break a compiled first call.
         maybe_install_capturing_hooks(self)
 
+    @merge_with_config_defaults
+    @capture_outputs
     @auto_docstring
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CoeModelOutputWithPast:
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return outputs if isinstance(outputs, tuple) else CoeModelOutputWithPast(**outputs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must pass exactly one of input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
+
+        # One mask per kind of layer where the backbone has kinds; `generate` may have made them already.
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = create_masks_for_generate(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+            )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 @dataclass

@@ -33,6 +33,8 @@ RESIDUAL_FLAGS = {
     "init": {"inner_residual": False, "init_residual": True},
     "prenorm": {"prenorm_residual": True},
     "none": {"inner_residual": False},
+    "refine": {"upcycling": "refine"},
+    "split": {"upcycling": "split"},
 }
 
 

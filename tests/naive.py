@@ -15,8 +15,10 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
     return down @ (silu(gate @ x) * (up @ x))
 
 
-def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config) -> list[tuple[int, torch.Tensor]]:
-    """The chosen experts of one token with their weights."""
+def route(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config, used: tuple[int, ...] = ()
+) -> list[tuple[int, torch.Tensor]]:
+    """The chosen experts of one token with their weights. In a split layer `used` ones are not chosen again."""
     logits = weight @ x
     scores = torch.exp(logits) / torch.exp(logits).sum() if config.scoring_func == "softmax" else torch.sigmoid(logits)
     ranking = scores.detach() if bias is None else scores.detach() + bias
@@ -31,11 +33,14 @@ def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conf
 
         kept = sorted(groups, key=group_score, reverse=True)[: config.topk_group]
         allowed = [expert for group in kept for expert in group]
-    chosen = sorted(allowed, key=lambda e: ranking[e].item(), reverse=True)[: config.num_experts_per_tok]
+    remaining = sorted(set(allowed) - set(used), key=lambda e: ranking[e].item(), reverse=True)
+    chosen = remaining[: config.num_experts_per_tok]
     weights = [scores[e] for e in chosen]
-    normalised = config.norm_topk_prob and len(chosen) > 1
+    # A split layer normalises over what the token used before and as many of the best others as complete the set.
+    num_experts = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
+    normalised = config.norm_topk_prob and (num_experts > 1 or config.backbone != "deepseek_v2")
     if normalised:
-        total = sum(weights) + 1e-20
+        total = sum(scores[e] for e in [*used, *remaining[: num_experts - len(used)]]) + 1e-20
         weights = [w / total for w in weights]
     if not normalised or config.scoring_func == "sigmoid":
         weights = [w * config.routed_scaling_factor for w in weights]
@@ -47,27 +52,36 @@ def chain(hidden_states: torch.Tensor, parameters: dict[str, torch.Tensor], conf
     outputs = []
     for h in hidden_states:
         x_0 = rms_norm(h, parameters["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x, total = x_0, torch.zeros_like(h)
+        x, total, used = x_0, torch.zeros_like(h), ()
         for t in range(config.inner_iter):
             gate = f"mlp.gate.{t}" if config.use_igate else "mlp.gate"
             y = torch.zeros_like(x)
-            for expert, w in route(
-                x, parameters[f"{gate}.weight"], parameters.get(f"{gate}.e_score_correction_bias"), config
-            ):
+            bias = parameters.get(f"{gate}.e_score_correction_bias")
+            chosen = route(x, parameters[f"{gate}.weight"], bias, config, used)
+            if config.upcycling == "split":
+                used += tuple(expert for expert, _ in chosen)
+            for expert, w in chosen:
                 gate_proj, up_proj = parameters["mlp.experts.gate_up_proj"][expert].chunk(2)
                 y = y + w * swiglu(x, gate_proj, up_proj, parameters["mlp.experts.down_proj"][expert])
-            if config.n_shared_experts:
+            if config.n_shared_experts and not (config.upcycling == "split" and t > 0):
                 shared = [parameters[f"mlp.shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")]
-                y = y + swiglu(x, *shared)
+                shared_output = swiglu(x, *shared)
+                if config.backbone == "qwen2_moe":
+                    shared_output = torch.sigmoid(parameters["mlp.shared_expert_gate.weight"] @ x) * shared_output
+                y = y + shared_output
             total = total + y
-            if config.init_residual:
+            if config.upcycling is not None:
+                x = x + parameters["iteration_scale"][t] * y if t < config.inner_iter - 1 else x
+            elif config.init_residual:
                 x = y + x_0
             elif config.inner_residual:
                 x = y + x
             else:
                 x = y
-        if config.prenorm_residual:
+        if config.prenorm_residual or config.upcycling == "split":
             outputs.append(h + total)
+        elif config.upcycling == "refine":
+            outputs.append(h + y)
         else:
             outputs.append(h + x if config.outer_residual else x)
     return torch.stack(outputs)

@@ -108,6 +108,18 @@ def test_residual_rules(rule, flags):
         ({"prenorm_residual": True, "inner_residual": False}, ["prenorm_residual", "inner_residual=False"]),
         ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor", "0.0"]),
         ({"model_type": "llama"}, ["model_type", "llama", "AutoConfig"]),
+        ({"backbone": "gpt2"}, ["backbone", "gpt2", "mixtral"]),
+        ({"backbone": "mixtral", "num_key_value_heads": 3}, ["num_attention_heads", "4", "num_key_value_heads=3"]),
+        ({"backbone": "qwen3", "layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers", "2"]),
+        ({"upcycling": "half"}, ["upcycling", "half", "split"]),
+        ({"upcycling": "split", "inner_iter": 1}, ["upcycling='split'", "inner_iter=1", "prenorm_residual=True"]),
+        ({"upcycling": "refine", "use_igate": False}, ["upcycling='refine'", "use_igate=False"]),
+        ({"upcycling": "refine", "prenorm_residual": True}, ["upcycling='refine'", "prenorm_residual=True"]),
+        ({"upcycling": "split", "inner_iter": 5}, ["num_experts_per_tok", "2 in each", "inner_iter=5", "1 or less"]),
+        ({"chain_layers": [0]}, ["chain_layers", "'inner'", "prenorm_residual=True"]),
+        ({"chain_layers": [1, 2], "prenorm_residual": True}, ["chain_layers", "[2]", "[0, 1]"]),
+        ({"chain_layers": [0], "mlp_only_layers": [0], "upcycling": "refine"}, ["chain_layers", "[0]", "[1]"]),
+        ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
     ],
 )
 def test_bad_values_name_field_value_and_remedy(fields, named):
@@ -150,6 +162,41 @@ def test_expert_combinations():
     assert chain.expert_combinations == comb(64, 4) ** 2 == 403_702_661_376
     assert single.expert_combinations == comb(64, 8) == 4_426_165_368
     assert chain.expert_combinations / single.expert_combinations == pytest.approx(91.208, abs=1e-3)
+
+
+def test_iterations_of_every_layer():
+    config = tiny_config(
+        num_hidden_layers=6, inner_iter=4, upcycling="split", num_experts_per_tok=1, first_k_dense_replace=1,
+        mlp_only_layers=[2], chain_layers=[3, 5], shared_expert_intermediate_size=40,
+    )  # fmt: skip
+    assert config.sparse_layers == [1, 3, 4, 5] and config.num_sparse_layers == 4
+    assert [config.num_iterations(layer_idx) for layer_idx in range(6)] == [0, 1, 0, 4, 1, 4]
+    assert [config.experts_per_iteration(layer_idx) for layer_idx in range(6)] == [0, 4, 0, 1, 4, 1]
+    # 4 experts of width 24 and a shared one of 40, once a layer, 3 matrices, 2 operations
+    assert config.expert_flops_per_token == 4 * (4 * 24 + 40) * 32 * 3 * 2
+    assert config.expert_combinations == 8 * 7 * 6 * 5
+
+    refined = tiny_config(num_hidden_layers=6, inner_iter=3, upcycling="refine", chain_layers=[3])
+    assert [refined.experts_per_iteration(layer_idx) for layer_idx in range(6)] == [2] * 6
+    assert refined.expert_flops_per_token == (5 + 3) * (2 * 24 + 24) * 32 * 3 * 2
+    assert refined.expert_combinations == comb(8, 2) ** 3
+
+
+def test_every_second_layer_may_be_sparse():
+    config = tiny_config(num_hidden_layers=5, backbone="qwen3_moe", decoder_sparse_step=2)
+    assert config.sparse_layers == [1, 3]
+
+
+def test_backbones_keep_their_attention_fields(tmp_path):
+    config = tiny_config(backbone="qwen3_moe", head_dim=12, num_key_value_heads=2, sliding_window=16)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.head_dim, loaded.num_key_value_heads, loaded.sliding_window) == (12, 2, 16)
+    assert loaded.base_model_tp_plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert "base_model_tp_plan" not in json.loads((tmp_path / "config.json").read_text())
+    assert "layers.*.self_attn.kv_b_proj" in tiny_config().base_model_tp_plan
+    assert tiny_config(backbone="llama").head_dim == 8
+    assert tiny_config(backbone="llama", num_hidden_layers=3, num_key_value_heads=None).num_key_value_heads == 4
 
 
 PAPER = {

@@ -239,7 +239,9 @@ class TestErrors:
             ("--vocab-size 100", "--vocab-size is 100; .* need 258 or more"),
             ("--data nowhere.jsonl", r"--data nowhere.jsonl does not exist"),
             ("--data no-such-owner/no-such-data", "--data no-such-owner/no-such-data .* cannot be read"),
-            ("--tokenizer no-such-tokenizer", "--tokenizer no-such-tokenizer cannot be loaded"),
+            ("--tokenizer no-such-tokenizer", "--tokenizer no-such-tokenizer: the tokenizer cannot be loaded"),
+            ("--model no-such-model", "--model no-such-model: the tokenizer cannot be loaded"),
+            ("--model any --top-k 4", "--top-k is 4, but --model any has a shape and a tokenizer already"),
         ],
     )
     def test_options(self, tmp_path, options, message):
@@ -317,7 +319,7 @@ class TestRun:
         output_dir, output = whole_run
         results = json.loads((output_dir / "results.json").read_text())
         table = results["held_out_loss"]["held_out"]
-        assert table["trained"] < table["untrained"]
+        assert table["trained"] < table["before"]
         assert f"{table['unigram']:.4f}" in output and "--- expected" in output
         assert [step for step, key, _ in losses(output_dir) if key == "loss"] == list(range(1, 33))
         assert [step for step, key, _ in losses(output_dir) if key != "loss"] == [0, 16, 32]
@@ -342,7 +344,7 @@ class TestRun:
         torch.manual_seed(args.seed)
         untrained = pretrain.CoeForCausalLM(pretrain.build_config(args, tokenizer))
         trained = AutoModelForCausalLM.from_pretrained(output_dir / "model")
-        for name, model in (("untrained", untrained), ("trained", trained)):
+        for name, model in (("before", untrained), ("trained", trained)):
             with torch.no_grad():
                 loss = model.eval()(blocks, labels=blocks).loss.item()
             assert table[name] == pytest.approx(loss, rel=1e-5)
@@ -358,6 +360,20 @@ class TestRun:
         output = finish(start(tmp_path, data, "--resume"))
         assert re.search(r"Resuming at checkpoint-\d+\.", output)
         assert losses(tmp_path) == losses(whole_run[0])
+
+    def test_goes_on_with_a_given_model(self, whole_run, tmp_path, data):
+        output_dir, _ = whole_run
+        options = [*TINY_RUN]
+        for name in pretrain.SHAPE_OPTIONS:
+            if (flag := pretrain.option(name)) in options:
+                del options[options.index(flag) : options.index(flag) + 2]
+        pretrain.main(["--output-dir", str(tmp_path), "--data", str(data), "--model", f"{output_dir}/model", *options])
+        first = json.loads((output_dir / "results.json").read_text())["held_out_loss"]["held_out"]
+        second = json.loads((tmp_path / "results.json").read_text())["held_out_loss"]["held_out"]
+        assert second["before"] == pytest.approx(first["trained"], rel=1e-5)
+        assert second["trained"] < second["before"]
+        config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
+        assert config.n_routed_experts == AutoModelForCausalLM.from_pretrained(output_dir / "model").config.num_experts
 
     def test_finished_run_is_reported_again(self, whole_run, data):
         output_dir, _ = whole_run
