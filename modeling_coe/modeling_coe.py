@@ -209,9 +209,10 @@ class CoeMoE(nn.Module):
             `torch.Tensor`: (B, S, H), `y_t` without any residual.
         """
         router = self.gate[iteration] if self.use_igate else self.gate
-        excluded = torch.cat(used_experts, dim=-1) if used_experts else None
+        excluded = torch.cat(used_experts[:iteration], dim=-1) if used_experts and iteration > 0 else None
         _, top_k_weights, top_k_index = router(hidden_states, excluded)
-        if used_experts is not None:
+        # An iteration that checkpointing computes again finds those of all iterations there.
+        if used_experts is not None and len(used_experts) == iteration:
             used_experts.append(top_k_index)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)

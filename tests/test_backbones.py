@@ -4,8 +4,11 @@ That a backbone computes what its family's own model computes is tested with the
 converted chains with all others in `test_chain.py`.
 """
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -168,6 +171,24 @@ def test_gradients_with_checkpointing_equal_those_without(case):
     model.zero_grad()
     model.activation_checkpointing_enable()
     model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_around_the_iterations_of_a_split_layer(use_reentrant):
+    model = randomize(tiny_model(upcycling="split", inner_iter=3, aux_loss_alpha=0.0)).train()
+    ids = random_ids(2, 6)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for layer in model.model.layers:
+        layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=use_reentrant)
+    loss = model(ids, labels=ids).loss
+    loss.backward(retain_graph=not use_reentrant)
+    if not use_reentrant:  # each pass computes the iterations again
+        model.zero_grad()
+        loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
 

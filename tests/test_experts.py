@@ -571,10 +571,10 @@ class TestLayer:
         expected = self.gradients(layer, layer.chain)
         forward = layer.mlp.forward
 
-        def checkpointed(hidden_states, iteration):
+        def checkpointed(hidden_states, iteration, *used_experts):
             if iteration in iterations:
-                return checkpoint(forward, hidden_states, iteration, use_reentrant=use_reentrant)
-            return forward(hidden_states, iteration)
+                return checkpoint(forward, hidden_states, iteration, *used_experts, use_reentrant=use_reentrant)
+            return forward(hidden_states, iteration, *used_experts)
 
         layer.mlp.forward = checkpointed
         assert_close(self.gradients(layer, layer.chain), expected, 1e-12)
