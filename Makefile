@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := configuration_coe modeling_coe benchmarks examples tests
+CODE := configuration_coe modeling_coe model_cards conversion benchmarks examples tests
 
 .PHONY: demo test quality style benchmarks clean
 

@@ -53,6 +53,17 @@ def _megablocks_experts_forward(*args):
 
 ALL_EXPERTS_FUNCTIONS.register("megablocks", _megablocks_experts_forward)
 
+
+def _write_model_card(model, folder, **details):
+    # Imported when a model is saved, since `model_cards` is built on this package's configuration.
+    import model_cards
+
+    if not model._hf_peft_config_loaded:  # or else an adapter is all that is saved
+        model_cards.write(model, folder, **details)
+
+
+CoePreTrainedModel.write_model_card = _write_model_card
+
 __all__ = [
     "CoeConfig",
     "CoeForCausalLM",

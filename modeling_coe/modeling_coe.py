@@ -357,7 +357,8 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     ) -> None:
         """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a hidden
         folder inside `save_directory` and moved at the end (not with `push_to_hub` or `distributed_checkpoint`). The
-        folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing."""
+        folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing, and
+        a model card unless it has one."""
         if self._model_class().__module__ == __name__:  # the code of a subclass elsewhere is its author's to map
             self.config.auto_map = dict(_AUTO_MAP)
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
@@ -369,8 +370,19 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
                 if isinstance(self, FSDPModule):
                     custom_object_save(CoePreTrainedModel, staging)
                 super().save_pretrained(staging, **kwargs)
+                if not (Path(save_directory) / "README.md").exists():
+                    self.write_model_card(staging, name=Path(save_directory).resolve().name)
         # The parent's barrier came before the files were in place.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def write_model_card(self, folder: str | Path, **details) -> None:
+        """Writes the model card of a folder, or completes it. The installed package puts `model_cards.write` in this
+        place; the code that a folder carries writes none."""
+
+    def _upload_modified_files(self, working_dir: str | Path, repo_id: str, *args, **kwargs):
+        # transformers has just put the card of the repository there or, where that has none, an empty form.
+        self.write_model_card(working_dir, repo_id=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 @dataclass

@@ -1,0 +1,244 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Does a trained mixture of experts learn more when it goes on as a chain, at the same FLOPs?
+
+    python benchmarks/upcycling.py --work runs/upcycling --output benchmarks/results/upcycling
+
+A DeepSeek-V2 mixture of experts is trained on the arithmetic problems, or on the files of `--data`, until it improves
+slowly. It is then converted twice, with `identity` (the mixture as it was) and with `split` (the same experts and the
+same FLOPs as a chain of two iterations), and both go on with the same new data in the same order, the same optimizer,
+and learning rates that were not tuned for either. Every seed gives one pair.
+
+Runs are those of `examples/pretrain.py`. What is finished is not run again, what was interrupted goes on.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import modeling_coe  # noqa: F401  registers the Auto classes
+
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("identity", "split")
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/upcycling"), help="folder for models and runs")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one pair of runs each")
+    parser.add_argument("--source-steps", type=int, default=3000, help="steps of the mixture before conversion")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each model after it")
+    parser.add_argument("--source-lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate after conversion")
+    parser.add_argument("--eval-steps", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--data", nargs="*", default=[], help="options of examples/pretrain.py that choose the data")
+    parser.add_argument(
+        "--shape",
+        nargs="*",
+        default=["--hidden-size=128", "--num-layers=3", "--num-experts=32", "--expert-width=32", "--top-k=8"],
+        help="options of examples/pretrain.py that give the mixture its shape",
+    )
+    return parser.parse_args(argv)
+
+
+def run(*command: str | Path) -> None:
+    """Runs a Python program of this project on one thread.
+
+    Raises:
+        RuntimeError: It failed; the message holds the end of its output.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        output = (process.stdout + process.stderr)[-3000:]
+        raise RuntimeError(f"{' '.join(map(str, command))} failed with status {process.returncode}:\n{output}")
+
+
+def pretrain(args: argparse.Namespace, folder: Path, *options: str | Path) -> dict[str, Any]:
+    """Results of a run of `examples/pretrain.py`, made now if they are not there."""
+    results = folder / "results.json"
+    if not results.exists():
+        shared = ("--eval-steps", args.eval_steps, "--save-steps", args.eval_steps, "--num-problems", 1)
+        run(ROOT / "examples" / "pretrain.py", "--output-dir", folder, "--resume", *args.data, *shared, *options)
+    return json.loads(results.read_text())
+
+
+def convert(source: Path, target: Path, *options: str | Path) -> Path:
+    if not target.exists():
+        run("-m", "conversion", source, target, *options)
+    return target
+
+
+def train_and_convert(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Trains the mixture and converts it in every mode. It is trained as a chain of one iteration, which is the same
+    model, and taken back to DeepSeek-V2 before."""
+    options = ("--residual=prenorm", "--iterations=1", "--schedule=constant_with_warmup", *args.shape)
+    folder = args.work / "source"
+    source = pretrain(args, folder, "--steps", args.source_steps, "--lr", args.source_lr, *options)
+    mixture = convert(folder / "model", args.work / "deepseek_v2", "--to", "source")
+    converted = {mode: convert(mixture, args.work / mode, "--mode", mode) for mode in MODES}
+    flops = {mode: AutoConfig.from_pretrained(folder).expert_flops_per_token for mode, folder in converted.items()}
+    if len(set(flops.values())) != 1:
+        raise ValueError(f"The modes differ in expert FLOPs per token, {flops}. Choose a top-k that two divides.")
+    return source, converted
+
+
+def curves(results: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Held-out losses over the steps, by split."""
+    return {
+        split: [(entry["step"], entry[f"eval_{split}_loss"]) for entry in results["log_history"]
+                if f"eval_{split}_loss" in entry]
+        for split in results["held_out_loss"]
+    }  # fmt: skip
+
+
+def interval(differences: list[float]) -> float:
+    """Half the width of the 95 % confidence interval of a mean; infinite for a single value."""
+    if len(differences) < 2:
+        return math.inf
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return STUDENT_T.get(len(differences) - 1, 1.96) * error
+
+
+def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Losses by split: before, after in every mode, and the paired differences of split and identity."""
+    seeds = list(runs[MODES[0]])
+    splits = list(runs[MODES[0]][seeds[0]]["held_out_loss"])
+    summary = {}
+    for split in splits:
+        losses = {mode: [runs[mode][seed]["held_out_loss"][split] for seed in seeds] for mode in MODES}
+        after = {mode: [loss["trained"] for loss in losses[mode]] for mode in MODES}
+        differences = [chain - mixture for chain, mixture in zip(after["split"], after["identity"], strict=True)]
+        summary[split] = {
+            "before": {mode: [loss["before"] for loss in losses[mode]] for mode in MODES},
+            "after": after,
+            "differences": differences,
+            "mean_difference": statistics.mean(differences),
+            "interval_95": interval(differences),
+        }
+    return summary
+
+
+def verdict(row: dict[str, Any]) -> str:
+    if row["interval_95"] >= abs(row["mean_difference"]):
+        return "cannot tell"
+    return "the chain is better" if row["mean_difference"] < 0 else "the chain is worse"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = [
+        "# Going on from a trained mixture of experts, as it is and as a chain",
+        "",
+        f"A DeepSeek-V2 mixture of {results['parameters']['total']:,} parameters, trained for "
+        f"{results['source_tokens']:,} tokens and converted with `identity` and with `split` (C=2): the same weights, "
+        f"the same logits, {results['expert_flops_per_token']:,} expert FLOPs per token both. Each then trained on "
+        f"{results['tokens']:,} new tokens, in the same order within a pair. Held-out cross-entropy in nats per "
+        "token; difference of split and identity, mean over seeds with the 95 % interval.",
+        "",
+        "| held-out data | before | identity after | split after | split - identity | |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for split, row in results["summary"].items():
+        before, identity, chain = (
+            statistics.mean(values)
+            for values in (row["before"]["split"], row["after"]["identity"], row["after"]["split"])
+        )
+        lines.append(
+            f"| {split} | {before:.4f} | {identity:.4f} | {chain:.4f} | "
+            f"{row['mean_difference']:+.4f} ± {row['interval_95']:.4f} | {verdict(row)} |"
+        )
+    lines += ["", "| seed | held-out data | identity | split | difference |", "| ---: | --- | ---: | ---: | ---: |"]
+    for split, row in results["summary"].items():
+        for seed, *values in zip(
+            results["seeds"], row["after"]["identity"], row["after"]["split"], row["differences"], strict=True
+        ):
+            lines.append(f"| {seed} | {split} | {values[0]:.4f} | {values[1]:.4f} | {values[2]:+.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Held-out losses of the mixture before conversion, and of every run after it."""
+    splits = list(results["summary"])
+    figure = Figure(figsize=(5.5 * len(splits), 4.2))
+    for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        source = results["curves"]["source"][split]
+        end = source[-1][0]
+        axes.plot(*zip(*source[len(source) // 2 :], strict=True), color="0.5", label="mixture, before conversion")
+        for color, mode in zip(("C0", "C3"), MODES, strict=True):
+            for index, curve in enumerate(results["curves"][mode].values()):
+                steps, losses = zip(*curve[split], strict=True)
+                label = mode if index == 0 else None
+                axes.plot([end + step for step in steps], losses, color=color, linewidth=1, alpha=0.8, label=label)
+        axes.axvline(end, color="0.8", linewidth=1)
+        axes.set(xlabel="step", ylabel="held-out cross-entropy", title=split, yscale="log")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    source, converted = train_and_convert(args)
+
+    def continued(mode: str, seed: int) -> dict[str, Any]:
+        options = ("--model", converted[mode], "--seed", seed, "--steps", args.steps, "--lr", args.lr)
+        return pretrain(args, args.work / f"{mode}-{seed}", *options)
+
+    pairs = [(mode, seed) for seed in args.seeds for mode in MODES]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        finished = list(tqdm(pool.map(lambda pair: continued(*pair), pairs), total=len(pairs), desc="runs"))
+    runs = {mode: {} for mode in MODES}
+    for (mode, seed), results in zip(pairs, finished, strict=True):
+        runs[mode][seed] = results
+
+    any_run = runs["split"][args.seeds[0]]
+    results = {
+        "seeds": args.seeds,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "parameters": source["parameters"],
+        "expert_flops_per_token": AutoConfig.from_pretrained(converted["split"]).expert_flops_per_token,
+        "source_tokens": source["training_tokens"],
+        "tokens": any_run["training_tokens"],
+        "summary": summarize(runs),
+        "curves": {"source": curves(source)}
+        | {mode: {seed: curves(result) for seed, result in by_seed.items()} for mode, by_seed in runs.items()},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "upcycling.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "upcycling.md").write_text(markdown(results))
+    plot(results, args.output / "upcycling.png")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

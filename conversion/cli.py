@@ -1,0 +1,162 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Command line of `coe-convert`."""
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .checkpoint import ConversionError
+from .core import convert, find_source
+from .families import FAMILIES
+from .mapping import plan_conversion
+from .plan import Options
+from .report import describe
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `coe-convert`. Returns 0, or 1 where the conversion cannot be done; wrong usage exits with 2."""
+    args = _parser().parse_args(arguments)
+    _return_freed_memory()
+    options = Options(
+        to=args.to,
+        mode=args.mode,
+        iterations=args.iterations,
+        layers=args.layers,
+        dtype=_DTYPES.get(args.dtype),
+        router_noise=args.router_noise,
+        seed=args.seed,
+        round_top_k=args.round_top_k,
+        upcycle=args.upcycle,
+        experts=args.experts,
+        top_k=args.top_k,
+    )
+    try:
+        if args.dry_run:
+            print(describe(plan_conversion(find_source(args.source)[0], options)))
+            return 0
+        report = convert(
+            args.source,
+            args.out,
+            options,
+            verify_tokens=args.verify,
+            verify_text=None if args.verify_text is None else _read(args.verify_text),
+            tolerance=args.tolerance,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            push=args.push,
+            progress=True,
+        )
+    except (ConversionError, OSError) as error:
+        print(f"coe-convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("coe-convert: interrupted, nothing was kept.", file=sys.stderr)
+        return 1
+    figures = report["verification"]
+    print("exact" if report["exact"] else f"NOT exact ({report['explanation']}): the differences below are expected")
+    print(f"verified on {figures['tokens']} tokens ({figures['text']}), in {figures['precision']}")
+    print(f"  largest difference  {figures['max_abs_difference']:.3e} (tolerance {figures['tolerance']:.1e})")
+    print(f"  mean difference     {figures['mean_abs_difference']:.3e}")
+    print(f"  largest logit       {figures['max_abs_logit']:.3f}")
+    print(f"  argmax agreement    {figures['argmax_agreement']:.2%}")
+    print(f"written to {args.out}" + (f" and uploaded to {args.push}" if args.push else ""))
+    return 0
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc return all memory of 128 KB and more when it is freed. By default that limit rises as such memory is
+    freed, and dropped weights stay in the heap in pieces that the next ones do not fit."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 128 * 1024)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coe-convert",
+        description="Converts a mixture of experts to a Chain-of-Experts model that computes the same function, and "
+        "verifies that it does.",
+        epilog=f"Families: {', '.join(FAMILIES)}. Chain-of-Experts models go back with --to.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a local folder, or a repository of the Hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument(
+        "--to",
+        choices=("coe", "source", "official"),
+        default="coe",
+        help="what to make: a chain (default); of a chain, its source family's model, or the official layout",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("identity", "refine", "split"),
+        help="split (default): the source's experts spread over the iterations, at its cost; refine: the whole layer "
+        "in every iteration; identity: one iteration",
+    )
+    parser.add_argument("--iterations", type=_positive, metavar="C", help="iterations of a chain (2)")
+    parser.add_argument("--layers", type=_layers, help="layers to convert, such as 4-20,22 (all)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="what to store weights as (as they are)")
+    parser.add_argument(
+        "--router-noise", type=float, default=0.0, metavar="STD", help="noise on the routers of later iterations"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise and new routers")
+    parser.add_argument(
+        "--round-top-k", action="store_true", help="let split change the experts per token to a multiple of C"
+    )
+    dense = parser.add_argument_group("dense sources")
+    dense.add_argument(
+        "--upcycle", choices=("copy", "slice"), help="make experts of an MLP: copies of it, or slices along its width"
+    )
+    dense.add_argument("--experts", type=_positive, metavar="N", help="number of experts (8)")
+    dense.add_argument("--top-k", type=_positive, metavar="K", help="experts per token (2 copies, all slices)")
+    verification = parser.add_argument_group("verification, which is always done")
+    verification.add_argument("--verify", type=_positive, default=256, metavar="N", help="number of tokens (256)")
+    verification.add_argument("--verify-text", type=Path, metavar="FILE", help="text to take them from")
+    verification.add_argument("--tolerance", type=float, help="largest difference (1e-4 of the largest logit)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--max-shard-size", default="5GB", help="split larger shards (5GB)")
+    output.add_argument("--overwrite", action="store_true", help="replace the model in OUT, once this one is complete")
+    output.add_argument("--push", metavar="REPO", help="upload the result to the Hub")
+    output.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 4-20,22")
+        layers.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(layers))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"The text to verify on cannot be read: {error}") from error

@@ -1,0 +1,309 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Carries a plan out: into a folder beside the target, verified there, and moved into place when all is well."""
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import CONFIG_NAME
+
+from configuration_coe import CoeConfig
+from modeling_coe import CoeForCausalLM
+from modeling_coe.modeling_coe import _AUTO_MAP
+
+from .checkpoint import (
+    Checkpoint,
+    ConversionError,
+    Shard,
+    check_finite,
+    parse_size,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from .mapping import plan_conversion
+from .plan import Options, Output, Plan
+from .report import make_report, write_card, write_report
+from .verify import Verification, compare, make_batch
+
+
+# Everything beside weights, config.json and code that belongs to a model.
+CARRIED_FILES = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+)
+_DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    verify_tokens: int = 256,
+    verify_text: str | None = None,
+    tolerance: float | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    push: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Converts a model and verifies the result. `out` holds all of it afterwards or, when this raises, nothing new.
+
+    Args:
+        source (`str` or `Path`): A local folder or a repository of the Hub. It is never written to.
+        out (`str` or `Path`): The folder to make.
+        options (`Options`, *optional*): What to make of the source.
+        verify_tokens (`int`, defaults to 256): Number of tokens to compare logits on.
+        verify_text (`str`, *optional*): Where they are from, instead of the package's own text.
+        tolerance (`float`, *optional*): Largest difference of a logit; by default 1e-4 times the largest logit.
+        max_shard_size (`str` or `int`, defaults to `"5GB"`): Shards of the source that are larger are split.
+        overwrite (`bool`, defaults to `False`): Replace the model in `out`, once the new one is complete.
+        push (`str`, *optional*): A repository of the Hub to upload the result to.
+        progress (`bool`, defaults to `False`): Show a bar.
+
+    Returns:
+        `dict[str, Any]`: What `conversion_report.json` holds.
+
+    Raises:
+        ConversionError: The source, the options, the result of the verification, or the disk does not allow it.
+    """
+    if verify_tokens < 1:
+        raise ConversionError(f"`--verify {verify_tokens}`: every conversion is verified, on one token or more.")
+    shard_size = parse_size(max_shard_size)
+    folder, name = find_source(source)
+    out = Path(out)
+    _check_target(out, folder, overwrite)
+    plan = plan_conversion(folder, options or Options())
+    batch = make_batch(folder, plan.source_config, verify_tokens, verify_text)
+    _check_space(out, plan.nbytes)
+    with _staging(out, overwrite) as staging:
+        with _bar("Writing", plan.nbytes, progress) as bar:
+            _write_weights(plan, staging, shard_size, bar)
+        _write_config(plan, staging)
+        for pattern in CARRIED_FILES:
+            for file in sorted(folder.glob(pattern)):
+                (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, staging / file.relative_to(folder))
+        result = Checkpoint(staging)
+        # As whoever loads the result gets it.
+        config = AutoConfig.from_pretrained(staging, trust_remote_code=False)
+        with _bar("Verifying", plan.checkpoint.nbytes + result.nbytes, progress) as bar:
+            verification = compare(
+                plan.checkpoint,
+                plan.source_config,
+                result,
+                config,
+                batch,
+                dtype=plan.options.dtype,
+                tolerance=tolerance,
+                on_read=bar.update,
+            )
+        _judge(plan, verification)
+        report = make_report(plan, name, verification)
+        write_report(report, staging)
+        write_card(plan, name, folder, report, staging)
+    if push is not None:
+        _push(out, push)
+    return report
+
+
+def _bar(what: str, nbytes: int, progress: bool) -> tqdm:
+    # `None`: only where there is a terminal to show it.
+    return tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, leave=False, disable=None if progress else True)
+
+
+def find_source(source: str | Path) -> tuple[Path, str]:
+    """The folder of a source, downloaded where it is a repository of the Hub, and its name without local paths.
+
+    Raises:
+        ConversionError: It is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+        raise ConversionError(f"SOURCE {source} is neither a folder nor the name of a repository of the Hub.")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED_FILES))), str(source)
+    except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(f"{source} is no local folder, and the Hub does not give it: {reason}") from error
+
+
+def _check_target(out: Path, source: Path, overwrite: bool) -> None:
+    target, source = out.resolve(), source.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise ConversionError(f"OUT {out} and the source {source} lie in each other. Choose another OUT.")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise ConversionError(f"OUT {out} exists. Choose another, or pass `--overwrite`.")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / CONFIG_NAME).exists()):
+        raise ConversionError(f"OUT {out} is no folder of a model, which is all that `--overwrite` replaces.")
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = next(parent for parent in out.resolve().parents if parent.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise ConversionError(
+            f"The result takes {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {parent}."
+        )
+
+
+@contextmanager
+def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its place when the block ends, and is removed when it raises."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _clear_remains(out)
+    owner = f"{platform.node()}.{os.getpid()}"
+    staging, replaced = (out.with_name(f".{out.name}.{owner}.{kind}") for kind in ("partial", "replaced"))
+    try:
+        staging.mkdir()
+        yield staging
+        if overwrite and out.exists():
+            out.rename(replaced)
+        staging.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConversionError(f"There is no room for the result ({error.strerror}). Nothing was kept.") from error
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise ConversionError(f"OUT {out} has been made by someone else meanwhile. Nothing was kept.") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_remains(out: Path) -> None:
+    """Removes what killed runs left beside `out`, and restores what one of them was about to replace."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{re.escape(platform.node())}\.(\d+)\.(partial|replaced)")
+    for remains in list(out.parent.iterdir()):
+        if (match := pattern.fullmatch(remains.name)) and not _is_alive(int(match[1])):
+            if match[2] == "replaced" and not out.exists():
+                remains.rename(out)
+            else:
+                shutil.rmtree(remains)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():  # ours is not there yet, so this was an earlier process of the same number
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _write_weights(plan: Plan, folder: Path, max_shard_size: int, bar: tqdm) -> None:
+    """Writes one shard, or several, for each of the source's, tensor by tensor."""
+    parts: list[list[Output]] = []
+    for _, outputs in groupby(_in_file_order(plan), key=lambda output: plan.checkpoint.tensors[output.source].file):
+        size = max_shard_size
+        for output in outputs:
+            nbytes = torch.Size(output.shape).numel() * output.dtype.itemsize
+            if size + nbytes > max_shard_size:
+                parts.append([])
+                size = 0
+            parts[-1].append(output)
+            size += nbytes
+    shards = [
+        Shard(shard_name(i, len(parts)), {output.name: (output.shape, output.dtype) for output in outputs})
+        for i, outputs in enumerate(parts, start=1)
+    ]
+    for shard, outputs in zip(shards, parts, strict=True):
+        write_shard(folder, shard, _tensors(plan.checkpoint, outputs, bar))
+    if len(shards) > 1:
+        write_index(folder, shards)
+
+
+def _in_file_order(plan: Plan) -> list[Output]:
+    order = {key: position for position, key in enumerate(plan.checkpoint.tensors)}
+    return sorted(plan.outputs, key=lambda output: order[output.source])
+
+
+def _tensors(checkpoint: Checkpoint, outputs: list[Output], bar: tqdm) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, group in groupby(outputs, key=lambda output: output.source):
+        tensor = checkpoint.read(key)
+        for output in group:
+            made = output.make(tensor).to(output.dtype)
+            if made.dtype != tensor.dtype:
+                check_finite(key, made, f"{output.dtype} cannot hold its values.")
+            yield output.name, made
+            bar.update(made.nbytes)
+
+
+def _write_config(plan: Plan, folder: Path) -> None:
+    """Writes config.json and, for a chain, the code that loads it where this package is missing."""
+    config = plan.config
+    if isinstance(config, dict):
+        if plan.options.dtype is not None:
+            config["torch_dtype"] = str(plan.options.dtype).removeprefix("torch.")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    if plan.options.dtype is not None:
+        config.dtype = plan.options.dtype
+    if isinstance(config, CoeConfig):
+        config.architectures, config.auto_map = [CoeForCausalLM.__name__], dict(_AUTO_MAP)
+        custom_object_save(CoeForCausalLM, folder)
+    else:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.save_pretrained(folder)
+
+
+def _judge(plan: Plan, verification: Verification) -> None:
+    if not torch.tensor(verification.max_abs_difference).isfinite():
+        raise ConversionError(f"Verification failed: logits are not finite. {verification}. Nothing was kept.")
+    if plan.exact and not verification.passed:
+        raise ConversionError(f"Verification failed: {verification}. Nothing was kept.")
+
+
+def _push(out: Path, repository: str) -> None:
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=out)
+    except Exception as error:
+        raise ConversionError(f"The result is complete in {out}, but was not uploaded: {error}") from error

@@ -1,0 +1,32 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DeepSeek-V3 and Moonlight: latent attention, sigmoid scores, a selection bias, groups ranked by their best two."""
+
+from ..family import Family
+
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    backbone="deepseek_v3",
+    same=(
+        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave "
+        "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace n_group topk_group "
+        "norm_topk_prob routed_scaling_factor aux_loss_alpha seq_aux"
+    ),
+    constants={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    derived={"num_nextn_predict_layers": lambda config: 0},
+    required={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    implied=("head_dim", "qk_head_dim", "num_nextn_predict_layers"),
+    dropped_keys={r"^model\.layers\.(\d+)\.": "predicts further tokens (MTP)"},
+)

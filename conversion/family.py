@@ -1,0 +1,191 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a source family is: a table of names and rules, and how it is read in both directions."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from configuration_coe import CoeConfig
+
+from .checkpoint import ConversionError
+
+
+# Fields that every family calls as `CoeConfig` does; those that a family does not have are skipped. Lists of fields
+# are strings, separated by blanks.
+COMMON_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads num_experts_per_tok hidden_act max_position_embeddings initializer_range "
+    "rms_norm_eps rope_parameters attention_bias attention_dropout tie_word_embeddings use_cache "
+    "output_router_logits pretraining_tp pad_token_id bos_token_id eos_token_id dtype"
+)
+# Fields of the source that cannot change what the model computes and are not carried over.
+HARMLESS_FIELDS = (
+    "architectures auto_map chunk_size_feed_forward ep_size id2label ignore_keys_at_rope_validation "
+    "is_encoder_decoder label2id model_type num_labels output_attentions output_hidden_states "
+    "problem_type return_dict torch_dtype transformers_version unsloth_fixed unsloth_version"
+)
+_DROPPED_KEYS = {r"rotary_emb\.inv_freq$": "computed from the config"}
+# What may differ between a chain and the family that it goes back to: how it is trained and stored.
+_TRAINING_FIELDS = f"{HARMLESS_FIELDS} aux_loss_alpha seq_aux router_z_loss_coef output_router_logits dtype".split()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of source models, as declarations.
+
+    Args:
+        model_type: The `model_type` of its `config.json`.
+        backbone: The `CoeConfig.backbone` with the same attention, rotary embedding and norms.
+        same: Fields of its config that `CoeConfig` has under the same name, beyond `COMMON_FIELDS`.
+        renamed: Fields of its config -> fields of `CoeConfig` with the same meaning.
+        constants: Fields of `CoeConfig` that the family's architecture fixes.
+        computed: Fields of `CoeConfig` to be computed from the source's config.
+        derived: Fields of the source's config to be computed from a `CoeConfig`, on the way back.
+        required: Fields of the source that its code in transformers does not read, with the only value it implements.
+        implied: Fields of the source that follow from others.
+        left_out: Fields of the source that mean something and have no counterpart -> why that does not matter.
+        keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
+            called `mlp.gate` here, whatever the number of iterations.
+        dropped_keys: Patterns of tensors that are dropped on purpose -> why.
+        dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
+    """
+
+    model_type: str
+    backbone: str
+    same: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    computed: dict[str, Callable[[PreTrainedConfig], Any]] = field(default_factory=dict)
+    derived: dict[str, Callable[[CoeConfig], Any]] = field(default_factory=dict)
+    required: dict[str, Any] = field(default_factory=dict)
+    implied: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    dropped_keys: dict[str, str] = field(default_factory=dict)
+    dense: bool = False
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """All fields of the source's config with a counterpart in `CoeConfig`, and that."""
+        return {name: name for name in f"{COMMON_FIELDS} {self.same}".split()} | self.renamed
+
+    def chain_key(self, key: str) -> str:
+        """The name that a tensor of the source has in a chain."""
+        return _rename(key, self.keys.items())
+
+    def source_key(self, key: str) -> str:
+        """The name that a tensor of a chain has in the source."""
+        return _rename(key, ((chain, source) for source, chain in self.keys.items()))
+
+    def dropped(self, key: str, config: PreTrainedConfig) -> str | None:
+        """Why a tensor of the source is left out, `None` where it is not."""
+        for pattern, reason in (_DROPPED_KEYS | self.dropped_keys).items():
+            match = re.search(pattern, key)
+            # A group, where there is one, is a layer: those that predict further tokens follow on the model's own.
+            extra = range(getattr(config, "num_nextn_predict_layers", 0))
+            if match and (not match.groups() or int(match[1]) - config.num_hidden_layers in extra):
+                return reason
+        return None
+
+    def chain_fields(self, config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
+        """Fields of the `CoeConfig` with one iteration that computes what the source does, and remarks on what is
+        different outside of that.
+
+        Raises:
+            ConversionError: The source's config has a field that is not understood and may change its function.
+        """
+        self._check_understood(config)
+        values = {chain: getattr(config, name) for name, chain in self.fields.items() if hasattr(config, name)}
+        values |= self.constants | {name: compute(config) for name, compute in self.computed.items()}
+        remarks = [
+            f"`{name}={getattr(config, name)}` of the source is not carried over: {reason}."
+            for name, reason in self.left_out.items()
+            if getattr(config, name, None)
+        ]
+        return copy.deepcopy({"backbone": self.backbone, **values}), remarks
+
+    def source_config(self, config: CoeConfig) -> PreTrainedConfig:
+        """The family's own config for a chain of one iteration.
+
+        Raises:
+            ConversionError: The family cannot express the model; the message names the fields.
+        """
+        config_class = CONFIG_MAPPING[self.model_type]
+        known = {attribute for base in config_class.__mro__ for attribute in getattr(base, "__annotations__", ())}
+        values = {
+            name: getattr(config, chain)
+            for name, chain in self.fields.items()
+            if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS.split())
+        }
+        values |= self.required | {name: compute(config) for name, compute in self.derived.items()}
+        try:
+            source = config_class(**copy.deepcopy(values))
+        except (ValueError, StrictDataclassError) as error:
+            raise ConversionError(f"transformers' `{self.model_type}` cannot express this model: {error}") from error
+        back = CoeConfig(**self.chain_fields(source)[0], inner_iter=1, prenorm_residual=True).to_dict()
+        wrong = [
+            f"`{name}={value}` (`{self.model_type}` means {back.get(name)})"
+            for name, value in config.to_dict().items()
+            if name not in _TRAINING_FIELDS and not name.startswith("_") and value != back.get(name)
+        ]
+        if wrong:
+            raise ConversionError(f"transformers' `{self.model_type}` cannot express this model: {', '.join(wrong)}.")
+        return source
+
+    def _check_understood(self, config: PreTrainedConfig) -> None:
+        for name, value in self.required.items():
+            if getattr(config, name, value) not in (None, value):
+                raise ConversionError(
+                    f"`{name}` of the source is {getattr(config, name)!r}. transformers' `{self.model_type}` only "
+                    f"implements {value!r}, so the function to keep is not known. Correct config.json, if it is wrong."
+                )
+        understood = {
+            *self.fields,
+            *self.derived,
+            *self.required,
+            *self.implied,
+            *self.left_out,
+            *HARMLESS_FIELDS.split(),
+        }
+        understood |= {config.attribute_map.get(name, name) for name in understood}
+        unknown = [
+            f"`{name}={value!r}`"
+            for name, value in config.to_dict().items()
+            if name not in understood and not name.startswith("_") and value != _default(config, name)
+        ]
+        if unknown:
+            raise ConversionError(
+                f"The source's config has fields that the conversion from `{self.model_type}` does not know and that "
+                f"may change what the model computes: {', '.join(unknown)}. Remove those that do not from (a copy "
+                "of) config.json."
+            )
+
+
+def _default(config: PreTrainedConfig, name: str) -> Any:
+    return type(config).default_config_fields().get(name)
+
+
+def _rename(key: str, pairs) -> str:
+    for old, new in pairs:
+        pattern = r"(?<![^.])" + re.escape(old).replace(r"\*", r"(\d+)") + "$"
+        if re.search(pattern, key):
+            return re.sub(pattern, new.replace("*", r"\1"), key)
+    return key

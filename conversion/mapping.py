@@ -1,0 +1,326 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a source and options to a plan: to a chain, from one back to its family, and to the official layout."""
+
+import copy
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from configuration_coe import CoeConfig
+from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
+
+from .checkpoint import Checkpoint, ConversionError, StoredTensor, shorten, stored_dtype
+from .families import FAMILIES
+from .families.official import official_config
+from .family import Family
+from .plan import Options, Output, Plan, account, drop_tied_head
+
+
+# A chain of one iteration that keeps the residual stream is what all other families have.
+_SINGLE = {"inner_iter": 1, "prenorm_residual": True}
+_LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_SOURCE_ROUTER = re.compile(r"mlp\.gate\.(weight|e_score_correction_bias)")
+_CHAIN_ROUTER = re.compile(r"mlp\.gate\.(\d+)\.(weight|e_score_correction_bias)")
+_DENSE_MLP = re.compile(r"mlp\.((?:gate|up|down)_proj)\.weight")
+# Every layer of every family has it: what a layer gets new is made, and stored, along with it.
+_ANCHOR = "post_attention_layernorm.weight"
+
+
+def plan_conversion(folder: Path, options: Options) -> Plan:
+    """Reads a source's configuration and the headers of its weights, and accounts for every tensor.
+
+    Args:
+        folder (`Path`): The source.
+        options (`Options`): What to make of it.
+
+    Raises:
+        ConversionError: The source is damaged, unknown, at odds with its configuration, or cannot become what the
+            options ask for.
+    """
+    checkpoint = Checkpoint(folder)
+    config = _load_config(checkpoint.config_dict)
+    if isinstance(config, CoeConfig):
+        plan = _plan_from_chain(checkpoint, config, options)
+    else:
+        plan = _plan_to_chain(checkpoint, config, options)
+    drop_tied_head(plan)
+    account(plan)
+    return plan
+
+
+def _load_config(config_dict: dict[str, Any]) -> PreTrainedConfig:
+    model_type = config_dict.get("model_type")
+    supported = [*FAMILIES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
+    if model_type not in supported:
+        raise ConversionError(f"The architecture {model_type!r} is not supported. These are: {', '.join(supported)}.")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config_dict))
+    except Exception as error:
+        raise ConversionError(f"config.json is not a valid `{model_type}` configuration: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- source -> chain
+
+
+def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, options: Options) -> Plan:
+    family = FAMILIES[source_config.model_type]
+    if options.to != "coe":
+        raise ConversionError(f"`--to {options.to}` converts Chain-of-Experts models; this is `{family.model_type}`.")
+    fields, remarks = family.chain_fields(source_config)
+    if family.dense:
+        before = _configure(fields | _SINGLE | {"n_routed_experts": None})
+        experts, exact, explanation = _dense_to_experts(source_config, options)
+        fields |= experts
+    else:
+        if options.upcycle or options.experts or options.top_k:
+            raise ConversionError(
+                f"`{family.model_type}` has experts already. `--upcycle`, `--experts` and `--top-k` make experts of "
+                "dense models; leave them out."
+            )
+        before, exact = _configure(fields | _SINGLE), True
+        explanation = "it has the source's experts and routers"
+    options, chain, reason = _chain(fields, options, dense=family.dense)
+    if reason or options.router_noise:
+        exact, explanation = False, reason or "noise was added to the routers of later iterations"
+    elif options.mode != "identity":
+        explanation += ", and its iteration scales are zero"
+    config = _configure(fields | chain)
+    plan = Plan(checkpoint, source_config, config, options, before, config, exact, explanation, remarks=remarks)
+    for key, tensor in checkpoint.tensors.items():
+        if reason := family.dropped(key, source_config):
+            plan.dropped[key] = reason
+        else:
+            plan.outputs += _chain_outputs(key, tensor, family, config, options)
+    return plan
+
+
+def _configure(fields: dict[str, Any]) -> CoeConfig:
+    try:
+        return CoeConfig(**copy.deepcopy(fields))
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"There is no such chain: {error}") from error
+
+
+def _dense_to_experts(config: PreTrainedConfig, options: Options) -> tuple[dict[str, Any], bool, str]:
+    """Fields of the experts that a dense source gets, whether they compute what its MLPs do, and why."""
+    if options.upcycle is None:
+        raise ConversionError(
+            f"`{config.model_type}` is dense. Choose how its MLPs become experts: `--upcycle copy` or `slice`."
+        )
+    experts, width = options.experts or 8, config.intermediate_size
+    fields = {"n_routed_experts": experts, "norm_topk_prob": True, "topk_method": "greedy"}
+    if options.layers is not None:
+        _check_layers(options.layers, range(config.num_hidden_layers))
+        fields["mlp_only_layers"] = [i for i in range(config.num_hidden_layers) if i not in options.layers]
+    if options.upcycle == "copy":
+        fields |= {"num_experts_per_tok": options.top_k or 2, "moe_intermediate_size": width}
+        return fields, True, "its experts are equal and their weights sum to one"
+    if width % experts:
+        raise ConversionError(f"An MLP of width {width} cannot be cut into {experts} equal slices. Choose a divisor.")
+    top_k = options.top_k or experts
+    fields |= {"num_experts_per_tok": top_k, "moe_intermediate_size": width // experts}
+    fields |= {"scoring_func": "sigmoid", "routed_scaling_factor": float(experts)}
+    if top_k == experts:
+        return fields, True, "every token uses all slices of its MLP, with equal weights"
+    return fields, False, f"a token uses {top_k} of the {experts} slices of its MLP"
+
+
+def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Options, dict[str, Any], str | None]:
+    """The options with their defaults filled in, the fields of the chain, and what makes it inexact, if anything."""
+    mode = options.mode or "split"
+    iterations = options.iterations or (1 if mode == "identity" else 2)
+    options = Options(**{**vars(options), "mode": mode, "iterations": iterations})
+    top_k = fields["num_experts_per_tok"]
+    if mode == "identity":
+        if iterations != 1 or options.router_noise or (options.layers is not None and not dense):
+            raise ConversionError(
+                "`--mode identity` makes chains of one iteration of all layers: `--iterations`, `--router-noise` and "
+                "`--layers` mean nothing there. Choose `refine` or `split`."
+            )
+        return options, _SINGLE, None
+    if iterations < 2:
+        raise ConversionError(f"`--mode {mode}` needs two iterations or more. For one, choose `--mode identity`.")
+    chain, reason = {"inner_iter": iterations, "upcycling": mode}, None
+    if options.layers is not None and not dense:
+        _check_layers(options.layers, _configure(fields | _SINGLE).sparse_layers)
+        chain["chain_layers"] = sorted(options.layers)
+    if mode == "split":
+        allowed = [c for c in range(2, top_k + 1) if top_k % c == 0]
+        allowed = f"Allowed are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
+        if top_k < iterations:
+            raise ConversionError(
+                f"A token uses {top_k} experts, which cannot be split over {iterations} iterations. {allowed}."
+            )
+        if top_k % iterations:
+            if not options.round_top_k:
+                raise ConversionError(
+                    f"A token uses {top_k} experts, no multiple of {iterations} iterations. {allowed}, or let "
+                    "`--round-top-k` change the number of experts (and the function)."
+                )
+            rounded = int(top_k / iterations + 0.5) * iterations
+            reason = f"a token uses {rounded} experts instead of {top_k}"
+            top_k = rounded
+        chain["num_experts_per_tok"] = top_k // iterations
+    return options, chain, reason
+
+
+def _check_layers(layers: tuple[int, ...], allowed: range | list[int]) -> None:
+    if not layers or (wrong := sorted(set(layers) - set(allowed))):
+        raise ConversionError(
+            f"`--layers`: {shorten(map(str, wrong)) if layers else 'none'} cannot be converted. Layers that can: "
+            f"{shorten(map(str, allowed), limit=100)}."
+        )
+
+
+def _chain_outputs(
+    key: str, tensor: StoredTensor, family: Family, config: CoeConfig, options: Options
+) -> list[Output]:
+    name = family.chain_key(key)
+
+    def output(name: str, rule: str = "copied", shape: tuple[int, ...] = tensor.shape, **make) -> Output:
+        return Output(name, shape, stored_dtype(name, tensor.dtype, options.dtype), key, rule, **make)
+
+    match = _LAYER_KEY.fullmatch(name)
+    iterations = config.num_iterations(int(match[1])) if match else 0
+    if iterations == 0:
+        return [output(name)]
+    prefix, rest = f"model.layers.{match[1]}.", match[2]
+    if router := _SOURCE_ROUTER.fullmatch(rest):
+        noisy = options.router_noise and router[1] == "weight"
+        return [output(f"{prefix}mlp.gate.0.{router[1]}")] + [
+            output(name, "copied, with noise", make=_add_noise(name, options))
+            if noisy
+            else output(name, "copied to a later iteration")
+            for name in (f"{prefix}mlp.gate.{t}.{router[1]}" for t in range(1, iterations))
+        ]
+    if family.dense and (mlp := _DENSE_MLP.fullmatch(rest)):
+        names = [f"{prefix}mlp.experts.{expert}.{mlp[1]}.weight" for expert in range(config.n_routed_experts)]
+        if options.upcycle == "copy":
+            return [output(name, "copied to an expert") for name in names]
+        dim = 1 if mlp[1] == "down_proj" else 0
+        width = tensor.shape[dim] // config.n_routed_experts
+        shape = tuple(width if axis == dim else size for axis, size in enumerate(tensor.shape))
+        return [
+            output(name, "sliced", shape, make=lambda whole, i=i: whole.narrow(dim, i * width, width))
+            for i, name in enumerate(names)
+        ]
+    outputs = [output(name)]
+    if rest == _ANCHOR:
+        if iterations > 1:
+            scale = torch.zeros(iterations - 1, config.hidden_size)
+            outputs.append(output(f"{prefix}iteration_scale", "new: zero", tuple(scale.shape), make=lambda _: scale))
+        if family.dense:
+            rule, make = _new_router(prefix, config, options)
+            shape = (config.n_routed_experts, config.hidden_size)
+            outputs += [output(f"{prefix}mlp.gate.{t}.weight", rule, shape, make=make) for t in range(iterations)]
+    return outputs
+
+
+def _new_router(prefix: str, config: CoeConfig, options: Options) -> tuple[str, Callable]:
+    """How the routers of a layer are called and made, the same for all of its iterations."""
+    shape = (config.n_routed_experts, config.hidden_size)
+    used = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
+    if options.upcycle == "slice" and used == config.n_routed_experts:
+        return "new: zero", lambda _: torch.zeros(shape)
+    return "new: random", lambda _: config.initializer_range * _noise(shape, prefix, options)
+
+
+def _add_noise(name: str, options: Options) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda weight: weight.float() + options.router_noise * _noise(weight.shape, name, options)
+
+
+def _noise(shape: tuple[int, ...], name: str, options: Options) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed and the name alone, not on the order of files."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{options.seed} {name}".encode()))
+    return torch.randn(shape, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------- chain -> elsewhere
+
+
+def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options) -> Plan:
+    is_official = checkpoint.config_dict["model_type"] == OFFICIAL_MODEL_TYPE
+    changed = [name for name, value in vars(options).items() if value != vars(Options())[name]]
+    if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype")]:
+        raise ConversionError(f"The source is a chain of experts already: {', '.join(wrong)} cannot change it.")
+    if options.to == "source":
+        return _plan_to_source(checkpoint, config, options)
+    if is_official != (options.to == "coe"):
+        raise ConversionError(
+            f"The source is a Chain-of-Experts model {'in the official layout' if is_official else ''} already. "
+            f"Convert it with `--to source`{'' if is_official else ' or `--to official`'}."
+        )
+    result = config if is_official else official_config(config)
+    plan = Plan(checkpoint, config, result, options, config, config, True, "it has the same tensors")
+    for key, tensor in checkpoint.tensors.items():
+        plan.outputs.append(Output(key, tensor.shape, stored_dtype(key, tensor.dtype, options.dtype), key))
+    return plan
+
+
+def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options) -> Plan:
+    rule = config.residual_rule
+    is_single = rule == "prenorm" and (config.inner_iter == 1 or config.chain_layers == [])
+    if not is_single and rule not in ("refine", "split"):
+        raise ConversionError(
+            "Only chains of one iteration with `prenorm_residual=True`, and converted ones (`upcycling`), can be what "
+            f"another family computes. This one has the residual rule {rule!r} and `inner_iter={config.inner_iter}`."
+        )
+    families = [family for family in FAMILIES.values() if family.backbone == config.backbone and not family.dense]
+    if not families:
+        raise ConversionError(f"transformers has no mixture of experts with the attention of `{config.backbone}`.")
+    single = _single_iteration(config)
+    family = families[0]
+    target = family.source_config(single)
+    explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
+    plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
+    problems = []
+    for key, tensor in checkpoint.tensors.items():
+        match = _LAYER_KEY.fullmatch(key)
+        prefix, name = (key[: match.start(2)], match[2]) if match else ("", key)
+        if name == "iteration_scale":
+            if checkpoint.read(key).any():
+                problems.append(f"`{key}` is not zero")
+            plan.dropped[key] = "zero"
+            continue
+        if router := _CHAIN_ROUTER.fullmatch(name):
+            # At zero scale every iteration sees the same input; what `refine` returns is the last one's.
+            kept = config.num_iterations(int(match[1])) - 1 if rule == "refine" else 0
+            if int(router[1]) != kept:
+                kept_key = f"{prefix}mlp.gate.{kept}.{router[2]}"
+                if rule == "split" and kept_key in checkpoint.tensors and checkpoint.differs(key, kept_key):
+                    problems.append(f"`{key}` is not `{kept_key}`")
+                same = f"equal to the router of iteration {kept}"
+                plan.dropped[key] = "without effect at zero scale" if rule == "refine" else same
+                continue
+            name = f"mlp.gate.{router[2]}"
+        name = family.source_key(prefix + name)
+        plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
+    if problems:
+        raise ConversionError(f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}.")
+    return plan
+
+
+def _single_iteration(config: CoeConfig) -> CoeConfig:
+    """The chain of one iteration that a chain with zero scales is equal to."""
+    top_k = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
+    changes = {"upcycling": None, "chain_layers": None, "use_igate": True, "num_experts_per_tok": top_k}
+    return _configure(config.to_dict() | _SINGLE | changes)

@@ -1,0 +1,210 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a conversion will do, and whether every tensor of the source and of the result is accounted for."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+import modeling_coe  # noqa: F401  registers the Auto classes
+from configuration_coe import CoeConfig
+
+from .checkpoint import Checkpoint, ConversionError, shorten
+from .families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of a source.
+
+    Args:
+        to: `"coe"`, or back: `"source"` (the family's own class in transformers) or `"official"`.
+        mode: `"identity"`, `"refine"` or `"split"` (default).
+        iterations: C; 2 by default and 1 for `"identity"`.
+        layers: The layers to convert: those that are chained or, of a dense source, that get experts. Default: all.
+        dtype: What weights are stored as; as in the source by default.
+        router_noise: Standard deviation of what is added to the routers of later iterations.
+        seed: Of that noise, and of new routers.
+        round_top_k: Lets `"split"` round the number of experts per token to a multiple of C.
+        upcycle: `"copy"` or `"slice"`: how experts are made of the MLPs of a dense source.
+        experts: Their number, 8 by default.
+        top_k: How many of them a token uses, over all iterations; 2 by default, and all slices.
+    """
+
+    to: str = "coe"
+    mode: str | None = None
+    iterations: int | None = None
+    layers: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    router_noise: float = 0.0
+    seed: int = 0
+    round_top_k: bool = False
+    upcycle: str | None = None
+    experts: int | None = None
+    top_k: int | None = None
+
+
+class Output(NamedTuple):
+    """A tensor of the result and the tensor of the source that it is made of, or stored along with."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: str
+    rule: str = "copied"
+    make: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+    @property
+    def is_new(self) -> bool:
+        return self.rule.startswith("new")
+
+
+@dataclass
+class Plan:
+    """A conversion before it is done.
+
+    Args:
+        checkpoint: The source's weights.
+        source_config: Its configuration.
+        config: That of the result, a dictionary for the official layout.
+        options: With all defaults filled in.
+        before: The source as a `CoeConfig`, for its figures.
+        after: The result as a `CoeConfig`.
+        exact: Whether the result computes what the source does.
+        explanation: Why, or why not.
+        outputs: What is written, in the order of the source's tensors.
+        dropped: Tensors of the source that are left out -> why.
+        remarks: What else the user should know.
+    """
+
+    checkpoint: Checkpoint
+    source_config: PreTrainedConfig
+    config: PreTrainedConfig | dict[str, Any]
+    options: Options
+    before: CoeConfig
+    after: CoeConfig
+    exact: bool
+    explanation: str
+    outputs: list[Output] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the result's tensors."""
+        return sum(torch.Size(output.shape).numel() * output.dtype.itemsize for output in self.outputs)
+
+
+def drop_tied_head(plan: Plan) -> None:
+    """Drops a head that is stored although it is tied, once it is known to be the embedding.
+
+    Raises:
+        ConversionError: It is another.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tensors = plan.checkpoint.tensors
+    if plan.source_config.tie_word_embeddings and head in tensors and embedding in tensors:
+        if plan.checkpoint.differs(head, embedding):
+            raise ConversionError(
+                f"`tie_word_embeddings` is true in config.json, but `{head}` is not `{embedding}`. Correct it."
+            )
+        plan.outputs = [output for output in plan.outputs if output.source != head]
+        plan.dropped[head] = f"equal to `{embedding}`, to which it is tied"
+
+
+def account(plan: Plan) -> None:
+    """Compares what is to be written with what the result's class has on disk: the same names and shapes, each from
+    one tensor of the source.
+
+    Raises:
+        ConversionError: Names the tensors that are missing, too many or of another shape, and the fields to look at.
+    """
+    config = plan.after if isinstance(plan.config, dict) else plan.config
+    expected = _expected_tensors(config, {output.name for output in plan.outputs})
+    for output in [output for output in plan.outputs if 0 in output.shape and output.name not in expected]:
+        plan.outputs.remove(output)
+        plan.dropped[output.source] = "it has no elements"
+    produced: dict[str, Output] = {}
+    problems = []
+    for output in plan.outputs:
+        if output.name in produced:
+            problems.append(f"`{produced[output.name].source}` and `{output.source}` both become `{output.name}`")
+        produced[output.name] = output
+    for name, shape in expected.items():
+        if 0 in shape and name not in produced:
+            empty = torch.empty(shape, dtype=plan.outputs[0].dtype)
+            produced[name] = plan.outputs[0]._replace(
+                name=name, shape=shape, rule="new: no elements", make=lambda _, empty=empty: empty
+            )
+            plan.outputs.append(produced[name])
+    missing = [name for name in expected if name not in produced]
+    surplus = [name for name in produced if name not in expected]
+    wrong = [name for name in produced if name in expected and produced[name].shape != expected[name]]
+    if missing:
+        problems.append(f"nothing becomes {shorten(f'`{name}`' for name in missing)}")
+    if surplus:
+        problems.append(f"there is no place for {shorten(f'`{produced[name].source}`' for name in surplus)}")
+    for name in wrong[:4]:
+        source, shape = produced[name].source, produced[name].shape
+        problems.append(f"`{source}` makes `{name}` {list(shape)}, where {list(expected[name])} is expected")
+    if problems:
+        fields = sorted({name for key in missing + surplus + wrong for name in _fields_of(key)})
+        fields = ", ".join(f"`{_source_field(plan, name)}`" for name in fields)
+        raise ConversionError(
+            "The weights do not fit config.json:\n  "
+            + "\n  ".join(problems)
+            + f"\nLook at {fields} in config.json, or whether the source is complete."
+        )
+
+
+def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors on disk: one for each expert, fused only where `produced` has them so."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    fused = {name: tensor for name, tensor in state.items() if name in produced}
+    split = revert_weight_conversion(model, {name: state[name] for name in state.keys() - fused.keys()})
+    return {name: tuple(tensor.shape) for name, tensor in (fused | split).items()}
+
+
+# Parts of a tensor's name -> the fields that decide whether it exists and how large it is.
+_FIELDS = {
+    r"^model\.layers": ("num_hidden_layers",),
+    r"experts\.|mlp\.gate\.": ("n_routed_experts", "moe_intermediate_size"),
+    r"shared_expert": ("n_shared_experts", "shared_expert_intermediate_size"),
+    r"mlp\.(gate|up|down)_proj": ("first_k_dense_replace", "mlp_only_layers", "intermediate_size"),
+    r"self_attn": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    r"bias$": ("attention_bias", "qkv_bias"),
+    r"embed_tokens|lm_head": ("vocab_size", "tie_word_embeddings"),
+    r"iteration_scale|mlp\.gate\.\d": ("inner_iter", "chain_layers"),
+    r"": ("hidden_size",),
+}
+
+
+def _fields_of(name: str) -> list[str]:
+    return [field for pattern, fields in _FIELDS.items() if re.search(pattern, name) for field in fields]
+
+
+def _source_field(plan: Plan, name: str) -> str:
+    family = FAMILIES.get(plan.source_config.model_type)
+    names = {} if family is None else {chain: source for source, chain in family.fields.items()}
+    name = names.get(name, name)
+    other = plan.source_config.attribute_map.get(name)
+    return other if other in plan.checkpoint.config_dict and name not in plan.checkpoint.config_dict else name

@@ -1,0 +1,188 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a conversion reports: the plan in words, `conversion_report.json` and the model card."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+from configuration_coe import CoeConfig
+
+from .plan import Plan
+from .verify import Verification
+
+
+REPORT_NAME = "conversion_report.json"
+
+
+def figures(config: CoeConfig) -> dict[str, int]:
+    """Parameters, active parameters, and floating-point operations that all matrices cost per token (forward; without
+    attention scores, which depend on the length)."""
+    experts = config.n_routed_experts or 0
+    expert_width = experts * config.moe_intermediate_size + config.shared_expert_width
+    in_experts = config.num_sparse_layers * 3 * config.hidden_size * expert_width
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    elsewhere = config.total_parameters - in_experts - looked_up
+    return {
+        "total_parameters": config.total_parameters,
+        "active_parameters": config.active_parameters,
+        "flops_per_token": 2 * elsewhere + config.expert_flops_per_token,
+    }
+
+
+def make_report(plan: Plan, source: str, verification: Verification) -> dict[str, Any]:
+    """What `conversion_report.json` holds.
+
+    Args:
+        plan (`Plan`): The conversion.
+        source (`str`): The source's name.
+        verification (`Verification`): How it was verified.
+    """
+    used = Counter(output.source for output in plan.outputs if not output.is_new)
+    created = sorted(output.name for output in plan.outputs if output.is_new)
+    options = {name: value for name, value in vars(plan.options).items() if value not in (None, False)}
+    return {
+        "source": {"name": source, "model_type": plan.checkpoint.config_dict["model_type"]},
+        "options": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()},
+        "exact": plan.exact,
+        "explanation": plan.explanation,
+        "remarks": plan.remarks,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "tensors": {
+            "source": len(plan.checkpoint.tensors),
+            "used": len(used),
+            "dropped": dict(sorted(plan.dropped.items())),
+            "written": len(plan.outputs),
+            "created": created,
+            "bytes": plan.nbytes,
+        },
+        "before": figures(plan.before),
+        "after": figures(plan.after),
+        "verification": {
+            **vars(verification),
+            "passed": verification.passed,
+            "precision": "float32"
+            + (f", after the source was rounded to {plan.options.dtype}" if plan.options.dtype else ""),
+        },
+    }
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words, for `--dry-run`."""
+    lines = [f"{_title(plan)}: {'exact at the start' if plan.exact else 'NOT exact'}, since {plan.explanation}."]
+    lines += plan.remarks
+    lines += ["", "Tensors"]
+    patterns: dict[tuple[str, str, str], list[str]] = {}
+    for output in plan.outputs:
+        source = "(new)" if output.is_new else _pattern(output.source)
+        patterns.setdefault((source, _pattern(output.name), output.rule), []).append(output.name)
+    for (source, name, rule), names in patterns.items():
+        what = f"{source} -> {name}" if source != name else name
+        lines.append(f"  {len(names):6d}  {what}  [{rule}; e.g. {names[0]}]")
+    for pattern, reason in sorted({(_pattern(key), reason) for key, reason in plan.dropped.items()}):
+        number = sum(_pattern(key) == pattern for key in plan.dropped)
+        lines.append(f"  {number:6d}  {pattern} -> dropped  [{reason}]")
+    before, after = figures(plan.before), figures(plan.after)
+    lines += ["", f"{'':20}{'before':>20}{'after':>20}"]
+    lines += [f"{name.replace('_', ' '):20}{before[name]:>20,}{after[name]:>20,}" for name in before]
+    lines.append(f"{'bytes on disk':20}{plan.checkpoint.nbytes:>20,}{plan.nbytes:>20,}")
+    return "\n".join(lines)
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes `conversion_report.json`."""
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, Any], folder: Path) -> None:
+    """Writes README.md, the model card, with the licence of the source's."""
+    carried = _card_data(source_folder)
+    is_on_hub = "/" in source
+    is_chain = plan.options.to == "coe"
+    data = ModelCardData(
+        base_model=source if is_on_hub else carried.get("base_model"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["chain-of-experts", "mixture-of-experts"] if is_chain else ["mixture-of-experts"],
+        **{name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried},
+    )
+    before, verification = report["before"], report["verification"]
+    link = f"[{source}](https://huggingface.co/{source})" if is_on_hub else f"`{source}`"
+    lines = [
+        f"# {_title(plan)}",
+        "",
+        f"Converted from {link}. It {'computes the same function' if plan.exact else 'does NOT compute the same'}: "
+        f"{plan.explanation}.",
+        "",
+        *(f"{remark}\n" for remark in plan.remarks),
+        "| | before | after |",
+        "| --- | ---: | ---: |",
+        *(f"| {name.replace('_', ' ')} | {value:,} | {report['after'][name]:,} |" for name, value in before.items()),
+        "",
+        f"Verified on {verification['tokens']} tokens ({verification['text']}) in {verification['precision']}:",
+        "",
+        "| logits | |",
+        "| --- | ---: |",
+        f"| largest difference | {verification['max_abs_difference']:.2e} |",
+        f"| mean difference | {verification['mean_abs_difference']:.2e} |",
+        f"| largest logit | {verification['max_abs_logit']:.3g} |",
+        f"| argmax agreement | {verification['argmax_agreement']:.2%} |",
+        "",
+        f"What became of every tensor is in `{REPORT_NAME}`.",
+    ]
+    if is_chain:
+        lines += [
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)',
+            "```",
+        ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
+
+
+def _card_data(folder: Path) -> dict[str, Any]:
+    """Metadata of a folder's model card, empty where there is none that can be read."""
+    try:
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a broken card is no reason not to convert a model
+        return {}
+
+
+def _title(plan: Plan) -> str:
+    options, config = plan.options, plan.after
+    if options.to == "source":
+        return f"{plan.config.model_type}, converted back from Chain-of-Experts"
+    if options.mode is None:
+        return f"Chain-of-Experts in the {'official' if options.to == 'official' else 'transformers'} layout"
+    layers = "all layers" if options.layers is None else f"layers {', '.join(map(str, options.layers))}"
+    experts = f"{config.num_experts_per_tok} of {config.n_routed_experts} experts per iteration"
+    upcycled = f", MLPs made experts by `{options.upcycle}`" if options.upcycle else ""
+    return f"Chain-of-Experts, `{options.mode}`, C={config.inner_iter}, K={experts}, {layers}{upcycled}"
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -1,0 +1,192 @@
+"""Tiny checkpoints of every family that can be converted, made with transformers' own classes."""
+
+import copy
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+VOCABULARY = [*SPECIAL, "\n", *map(chr, range(32, 127))]
+
+DENSE = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Large enough that tokens are routed differently.
+    "initializer_range": 0.2,
+}
+MOE = {**DENSE, "num_experts_per_tok": 4}
+QWEN = {**MOE, "moe_intermediate_size": 24, "num_experts": 8, "num_key_value_heads": 4}
+DEEPSEEK = {
+    **MOE,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+GROUPS = {"n_group": 4, "topk_group": 2}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+TIED = {"tie_word_embeddings": True}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+
+# Name -> config class and its fields.
+MOE_SOURCES = {
+    "deepseek_v2": (DeepseekV2Config, DEEPSEEK),
+    "deepseek_v2-groups-yarn": (
+        DeepseekV2Config,
+        {
+            **(DEEPSEEK | TIED | GROUPS),
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 2,
+            "q_lora_rank": 12,
+            "attention_bias": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek_v2-no_shared": (
+        DeepseekV2Config,
+        {**DEEPSEEK, "n_shared_experts": 0, "first_k_dense_replace": 0, "norm_topk_prob": True},
+    ),
+    "deepseek_v3": (DeepseekV3Config, {**(DEEPSEEK | GROUPS), "q_lora_rank": 12, "rope_parameters": YARN}),
+    "deepseek_v3-moonlight": (
+        DeepseekV3Config,
+        {**(DEEPSEEK | ONE_GROUP), "n_shared_experts": 2, "routed_scaling_factor": 2.446, "rope_interleave": False},
+    ),
+    "deepseek_v3-not_normalised": (
+        DeepseekV3Config,
+        {**(DEEPSEEK | GROUPS | TIED), "norm_topk_prob": False, "attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "qwen2_moe": (Qwen2MoeConfig, {**QWEN, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}),
+    "qwen2_moe-window": (
+        Qwen2MoeConfig,
+        {
+            **(QWEN | TIED | WINDOW),
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "max_window_layers": 1,
+            "num_key_value_heads": 2,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, {**QWEN, "head_dim": 16, "norm_topk_prob": True, "num_key_value_heads": 2}),
+    "qwen3_moe-window": (
+        Qwen3MoeConfig,
+        {**(QWEN | TIED | WINDOW), "mlp_only_layers": [0], "attention_bias": True, "rope_parameters": LINEAR},
+    ),
+    "olmoe": (OlmoeConfig, {**MOE, "num_experts": 8, "clip_qkv": 0.5}),
+    "olmoe-grouped_queries": (
+        OlmoeConfig,
+        {**(MOE | TIED), "num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "mixtral": (MixtralConfig, {**MOE, "num_key_value_heads": 2, "num_local_experts": 8}),
+    "mixtral-window": (
+        MixtralConfig,
+        {
+            **(MOE | TIED),
+            "num_key_value_heads": 4,
+            "num_local_experts": 8,
+            "sliding_window": 5,
+            "head_dim": 16,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+}
+DENSE_SOURCES = {
+    "llama": (LlamaConfig, {**DENSE, "num_key_value_heads": 2, "attention_bias": True, "rope_parameters": LLAMA3}),
+    "qwen3": (Qwen3Config, {**(DENSE | WINDOW), "num_key_value_heads": 2, "head_dim": 16, "max_window_layers": 1}),
+    "mistral": (MistralConfig, {**(DENSE | TIED), "num_key_value_heads": 2, "sliding_window": 5}),
+}
+
+
+def make_config(name: str, **overrides) -> PreTrainedConfig:
+    config_class, fields = (MOE_SOURCES | DENSE_SOURCES)[name]
+    return config_class(**copy.deepcopy({**fields, **overrides}))
+
+
+def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model in which no bias, norm or selection bias has a value that would hide its loss."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                tensor.add_(0.2 * torch.randn_like(tensor))
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias = module.e_score_correction_bias.float()  # as `from_pretrained` keeps it
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config)  # its frequencies are buffers too
+    return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a character."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    ).save_pretrained(folder)
+
+
+def make_source(folder: Path, name: str, dtype: torch.dtype = torch.float32, fused: bool = False, **overrides) -> Path:
+    """Saves a random model of some family with a tokenizer, in several shards."""
+    model = make_model(make_config(name, **overrides), dtype)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, **ids)
+    model.save_pretrained(folder, max_shard_size="60KB", save_original_format=not fused)
+    save_tokenizer(folder)
+    return folder
