@@ -8,7 +8,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache, 
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
 from modeling_coe import CoeForCausalLM
-from modeling_coe.modeling_coe import CoeAttention
+from modeling_coe.attention import CoeAttention
 
 from .helpers import TINY, random_ids, tiny_config, tiny_model
 

@@ -1,0 +1,221 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What finished runs say: losses at equal steps, FLOPs and seconds, paired differences, and verdicts on claims.
+
+The rule of the verdicts, fixed before the runs:
+
+- Differences are paired: of two arms with the same seed, hence the same data in the same order and, where shapes
+  agree, the same weights at first. Their mean has a 95 % interval by Student's t over the seeds.
+- "A is better than B" **holds** if the whole interval of A - B lies below zero; it **does not** hold if the whole
+  interval excludes an advantage of a fifth of the paper's, relative to the loss of B (of any advantage, where there is
+  no figure of the paper's); that is asked first. Else one **cannot tell**.
+- "A matches B" **holds** if the whole interval lies below 1.5 % of B's loss, which is a little more than what
+  separates the paper's own matches (1.0 % and 1.1 %), **does not** if it lies above, and else one **cannot tell**.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, takewhile
+from typing import Any, NamedTuple
+
+from benchmarks.paper.experiments import BASELINES, Arm, Contrast, paper_loss
+from benchmarks.paper.runs import TUNING_SEED, Run, Scale, learning_rate
+from benchmarks.upcycling import interval
+
+
+MEASURES = ("steps", "FLOPs", "seconds")
+HOLDS, DOES_NOT, CANNOT_TELL, MISSING = "holds", "does not", "cannot tell", "not run"
+SHARE_OF_EFFECT, TOLERANCE = 0.2, 0.015
+
+Curve = list[tuple[float, float]]
+
+
+class Estimate(NamedTuple):
+    """A mean with half of its 95 % confidence interval, infinite for a single value."""
+
+    mean: float
+    half: float
+    count: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+
+def estimate(values: list[float]) -> Estimate | None:
+    """Mean and interval by Student's t; `None` without values."""
+    return Estimate(statistics.fmean(values), interval(values), len(values)) if values else None
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean; `None` for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def interpolate(curve: Curve, step: float) -> float:
+    """The loss at a step, linear between the evaluations around it.
+
+    Raises:
+        ValueError: The curve does not reach it.
+    """
+    for (left, left_loss), (right, right_loss) in pairwise(curve):
+        if left <= step <= right:
+            return left_loss + (right_loss - left_loss) * (step - left) / (right - left)
+    raise ValueError(f"The curve goes from step {curve[0][0]} to {curve[-1][0]}, so it has no loss at {step}.")
+
+
+def verdict(
+    difference: Estimate | None, against: float | None, matches: bool, paper: tuple[float, float] | None
+) -> str:
+    """Whether a claim holds, by the rule above.
+
+    Args:
+        difference (`Estimate`, *optional*): Of the arm that is claimed to be better (or as good) minus the other.
+        against (`float`, *optional*): Loss of the other.
+        matches (`bool`): The kind of the claim.
+        paper (`tuple[float, float]`, *optional*): The paper's losses of the two.
+    """
+    if difference is None or against is None:
+        return MISSING
+    if matches:
+        bound = TOLERANCE * against
+        return HOLDS if difference.high < bound else DOES_NOT if difference.low > bound else CANNOT_TELL
+    wanted = SHARE_OF_EFFECT * against * (paper[0] / paper[1] - 1) if paper else 0.0
+    return DOES_NOT if difference.low > wanted else HOLDS if difference.high < 0 else CANNOT_TELL
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the runs say about a contrast: differences by measure, and the mean losses after all steps."""
+
+    contrast: Contrast
+    differences: dict[str, Estimate | None]
+    loss: float | None
+    against: float | None
+
+    @property
+    def paper(self) -> tuple[float, float] | None:
+        """The paper's losses, where it has both."""
+        losses = paper_loss(self.contrast.arm), paper_loss(self.contrast.against)
+        return None if None in losses else losses
+
+    def verdict(self, measure: str = "steps") -> str:
+        return verdict(self.differences[measure], self.against, self.contrast.matches, self.paper)
+
+
+class Evidence:
+    """The finished runs of a scale, by arm.
+
+    Args:
+        scale (`Scale`): The scale.
+        results (`Mapping[str, dict]`): Finished runs by id.
+    """
+
+    def __init__(self, scale: Scale, results: Mapping[str, dict[str, Any]]):
+        self.scale, self.results = scale, results
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """All seeds that there are runs of, but for that of the learning rate's grid."""
+        seeds = {result["settings"].get("seed", TUNING_SEED) for result in self.results.values()}
+        return sorted(seeds - {TUNING_SEED})
+
+    def runs(self, arm: Arm) -> dict[int, dict[str, Any]]:
+        """Finished runs of an arm by seed."""
+        rate = learning_rate(self.scale, self.results, arm)
+        if rate is None:
+            return {}
+        ids = {seed: Run(self.scale, arm, rate, seed).id for seed in self.seeds}
+        return {seed: self.results[id] for seed, id in ids.items() if id in self.results}
+
+    def any_run(self, arm: Arm) -> dict[str, Any] | None:
+        return next(iter(self.runs(arm).values()), None)
+
+    def curve(self, result: dict[str, Any]) -> Curve:
+        """Held-out losses of the main split over the steps, as far as they are finite."""
+        return list(takewhile(lambda point: point[1] is not None, result["held_out"][result["split"]]))
+
+    def final(self, result: dict[str, Any], split: str | None = None) -> float | None:
+        """The loss after the last step, of the main split or another; `None` where training diverged."""
+        step, loss = result["held_out"][split or result["split"]][-1]
+        return loss if step == self.scale.steps else None
+
+    def losses(self, arm: Arm, split: str | None = None) -> list[float]:
+        """The last losses of an arm's runs that did not diverge."""
+        losses = (self.final(result, split) for result in self.runs(arm).values())
+        return [loss for loss in losses if loss is not None]
+
+    def curves(self, arm: Arm) -> list[Curve]:
+        """The curves of an arm's runs that did not diverge."""
+        return [self.curve(result) for result in self.runs(arm).values() if self.final(result) is not None]
+
+    def timing(self, arm: Arm) -> dict[str, Any] | None:
+        """The timing of an arm's training step."""
+        return self.results.get(Run(self.scale, arm.model, 0.0, TUNING_SEED, kind="timing").id)
+
+    def cost(self, arm: Arm, measure: str) -> float | None:
+        """What a training step of an arm costs, in units that differ by measure; `None` where it was not measured."""
+        if measure == "steps":
+            return 1.0
+        if measure == "FLOPs":
+            result = self.any_run(arm)
+            return result and result["expert_flops_per_token"]
+        timing = self.timing(arm)
+        return timing and timing["ratio"]["median"]
+
+    def differences(self, contrast: Contrast, measure: str) -> list[float]:
+        """Loss of the arm minus that of the other, seed by seed, when both have spent what the cheaper one spends in
+        all its steps."""
+        costs = self.cost(contrast.arm, measure), self.cost(contrast.against, measure)
+        if None in costs:
+            return []
+        budget = self.scale.steps * min(costs)
+        runs, others = self.runs(contrast.arm), self.runs(contrast.against)
+        values = []
+        for seed in runs.keys() & others.keys():
+            pair = [self.curve(runs[seed]), self.curve(others[seed])]
+            ends = [min(budget / cost, self.scale.steps) for cost in costs]
+            if all(curve and curve[-1][0] >= end for curve, end in zip(pair, ends, strict=True)):
+                ours, theirs = (interpolate(curve, end) for curve, end in zip(pair, ends, strict=True))
+                values.append(ours - theirs)
+        return values
+
+    def compare(self, contrast: Contrast) -> Comparison:
+        """All that the runs say about a contrast. The mean losses are of the seeds that both arms have."""
+        runs, others = self.runs(contrast.arm), self.runs(contrast.against)
+        pairs = [(self.final(runs[seed]), self.final(others[seed])) for seed in runs.keys() & others.keys()]
+        pairs = [pair for pair in pairs if None not in pair]
+        means = map(statistics.fmean, zip(*pairs, strict=True)) if pairs else (None, None)
+        return Comparison(contrast, {name: estimate(self.differences(contrast, name)) for name in MEASURES}, *means)
+
+    def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
+        """Pairs whose runs did not read the same tokens in the same order."""
+        return [
+            f"{contrast.arm.label} and {contrast.against.label}, seed {seed}"
+            for contrast in contrasts
+            for seed, result in self.runs(contrast.arm).items()
+            if seed in (others := self.runs(contrast.against))
+            and others[seed]["order_fingerprint"] != result["order_fingerprint"]
+        ]
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of all arms but those with their own."""
+        return learning_rate(self.scale, self.results, BASELINES[0])

@@ -1,0 +1,358 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is compared: arms (one model each), contrasts of two arms, and the paper's claims about them.
+
+An [`Arm`] names a model by the paper's own numbers (`CoE-2(4/64)`: two iterations, 4 of 64 experts each, the shared
+one among the 64) and is the same at every scale.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+
+OFFICIAL, PRENORM = "inner", "prenorm"
+RULES = (OFFICIAL, "outer", "both", "init", PRENORM)
+
+
+# ---- Arms -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of an experiment, by what tells it from the others.
+
+    Args:
+        residual (`str`): Rule of the chain.
+        iterations (`int`): C.
+        top_k (`int`): K, routed experts per token and iteration.
+        experts (`int`): Routed experts.
+        shared_experts (`int`): Experts for every token.
+        depth (`int`): Layers, in multiples of the scale's.
+        shared_router (`bool`): One router for all iterations.
+        variant (`str`, *optional*): A model of `variants.py`.
+        data (`str`): `"main"` or `"second"`, one of the scale's data sets.
+        own_lr (`bool`): The best learning rate of this arm's own grid, not the baselines'.
+    """
+
+    residual: str = OFFICIAL
+    iterations: int = 1
+    top_k: int = 8
+    experts: int = 63
+    shared_experts: int = 1
+    depth: int = 1
+    shared_router: bool = False
+    variant: str | None = None
+    data: str = "main"
+    own_lr: bool = False
+
+    @property
+    def canonical(self) -> "Arm":
+        """The arm that computes the same: with one iteration, `outer` is the pre-norm layer and `init` is `inner`."""
+        if self.iterations > 1:
+            return self
+        residual = {"outer": PRENORM, "init": OFFICIAL}.get(self.residual, self.residual)
+        return replace(self, residual=residual, shared_router=False)
+
+    @property
+    def model(self) -> "Arm":
+        """The arm without what is not part of its model."""
+        return replace(self.canonical, data="main", own_lr=False)
+
+    @property
+    def label(self) -> str:
+        """Name in tables and legends."""
+        name = "MoE" if self.iterations == 1 and self.variant is None else f"CoE-{self.iterations}"
+        if self.variant == "scalar":
+            name = "scalar MoE"
+        label = f"{name}({self.top_k}/{self.experts + self.shared_experts}) {self.residual}"
+        notes = (
+            (self.experts == self.top_k, "dense"),
+            (self.depth > 1, f"{self.depth}x layers"),
+            (self.shared_experts == 0, "none shared"),
+            (self.shared_router and self.iterations > 1, "one router"),
+            (self.variant == "held", "routed once"),
+            (self.variant == "renorm", "norm each time"),
+            (self.own_lr, "own lr"),
+        )
+        return ", ".join([label, *(note for holds, note in notes if holds)])
+
+    @property
+    def relative_cost(self) -> float:
+        """Rough time of a run in units of MoE(8/64)'s, to estimate with before there are runs to learn from."""
+        slots = self.iterations * (self.top_k + self.shared_experts)
+        return 0.1 + self.depth * (0.25 + 0.25 * self.iterations + 0.4 * slots / 9)
+
+
+def moe(residual: str, top_k: int = 8, **changes: Any) -> Arm:
+    """A mixture of experts under a residual rule: one iteration."""
+    return Arm(residual, 1, top_k, **changes).canonical
+
+
+def coe(residual: str, iterations: int, top_k: int, **changes: Any) -> Arm:
+    """A chain of experts."""
+    return Arm(residual, iterations, top_k, **changes)
+
+
+def dense(residual: str, iterations: int) -> Arm:
+    """Eight routed experts of eight, and the shared one: routing weighs but does not choose."""
+    return Arm(residual, iterations, 8, experts=8)
+
+
+# Last values of the curves the authors published, by the arm as the paper describes it.
+PAPER_LOSS = {
+    moe(OFFICIAL): 1.1958,
+    coe(OFFICIAL, 2, 4): 1.1211,
+    coe(OFFICIAL, 2, 4, experts=47): 1.2095,
+    coe(OFFICIAL, 2, 8): 1.1200,
+    moe(OFFICIAL, 16): 1.1665,
+    moe(OFFICIAL, 24): 1.1751,
+    moe(OFFICIAL, depth=2): 1.1092,
+    moe(OFFICIAL, depth=3): 1.0702,
+    coe(OFFICIAL, 2, 8, shared_router=True): 1.2439,
+    coe("outer", 2, 8): 1.1755,
+    dense(OFFICIAL, 1): 1.2316,
+    dense(OFFICIAL, 2): 1.2927,
+}
+
+
+def paper_loss(arm: Arm) -> float | None:
+    """The paper's validation loss of an arm. It has no pre-norm models: those are asked about under its own rule."""
+    model = arm.model
+    return PAPER_LOSS.get(replace(model, residual=OFFICIAL) if model.residual == PRENORM else model)
+
+
+# ---- Contrasts, claims, experiments ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms whose losses are compared, seed by seed.
+
+    Args:
+        arm, against (`Arm`): The difference is that of the first minus the second.
+        claim (`str`, *optional*): What is said about them: that the first is better than the second, or, with
+            `matches`, at least about as good.
+        matches (`bool`): The kind of the claim.
+        by (`str`): Who claims it.
+    """
+
+    arm: Arm
+    against: Arm
+    claim: str | None = None
+    matches: bool = False
+    by: str = "paper"
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm.label} - {self.against.label}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Contrasts that belong together, in the order of their importance.
+
+    `seeds` is how many of the scale's seeds it runs with.
+    """
+
+    name: str
+    title: str
+    contrasts: tuple[Contrast, ...]
+    note: str = ""
+    seeds: int = 3
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """All arms, each once, in the order of the contrasts, baselines first."""
+        arms = (arm for contrast in self.contrasts for arm in (contrast.against, contrast.arm))
+        return list(dict.fromkeys(arms))
+
+
+def for_both(contrasts: Callable[[str], Iterable[Contrast]]) -> tuple[Contrast, ...]:
+    """The same contrasts under the official rule and as a pre-norm chain."""
+    return tuple(contrast for rule in (OFFICIAL, PRENORM) for contrast in contrasts(rule))
+
+
+def headline(**changes: Any) -> tuple[Contrast, ...]:
+    """MoE(8/64) and CoE-2(4/64) under both rules: the effect of iterating, and that of the rule."""
+    single = {rule: moe(rule, **changes) for rule in (OFFICIAL, PRENORM)}
+    chain = {rule: coe(rule, 2, 4, **changes) for rule in (OFFICIAL, PRENORM)}
+    claim = "CoE-2(4/64) reaches a lower loss than MoE(8/64)"
+    return (
+        Contrast(chain[OFFICIAL], single[OFFICIAL], claim),
+        Contrast(chain[PRENORM], single[PRENORM], claim),
+        Contrast(chain[OFFICIAL], single[PRENORM], f"{claim} with the standard pre-norm layer"),
+        Contrast(single[OFFICIAL], single[PRENORM]),
+        Contrast(chain[OFFICIAL], chain[PRENORM]),
+    )
+
+
+FIGURE_3A = Experiment(
+    "figure_3a",
+    "Same routed FLOPs: MoE(8/64) and CoE-2(4/64)",
+    headline(),
+    "Four models, so that the effect of iterating (first two rows) and that of the residual rule (last two) are not "
+    "credited to each other.",
+    seeds=5,
+)
+RULE_TABLE = Experiment(
+    "residual_rules",
+    "Residual rule x iterations, same routed FLOPs",
+    (
+        *(Contrast(coe(rule, 2, 4), moe(rule)) for rule in RULES),
+        *(Contrast(moe(rule), moe(PRENORM)) for rule in ("both", OFFICIAL)),
+        *(Contrast(coe(rule, 2, 4), coe(PRENORM, 2, 4)) for rule in RULES if rule != PRENORM),
+    ),
+    "With one iteration `outer` is the pre-norm layer and `init` is `inner`.",
+)
+FIGURE_7 = Experiment(
+    "figure_7",
+    "Ablations of CoE-2(8/64): routers and residuals (with table 3)",
+    (
+        *for_both(
+            lambda rule: [
+                Contrast(
+                    coe(rule, 2, 8),
+                    coe(rule, 2, 8, shared_router=True),
+                    "a router of its own for every iteration lowers the loss",
+                ),
+                Contrast(
+                    moe(rule), coe(rule, 2, 8, shared_router=True), "with one router the chain is worse than MoE(8/64)"
+                ),
+            ]
+        ),
+        Contrast(coe(OFFICIAL, 2, 8), coe("outer", 2, 8), "the inner residual is better than the outer one"),
+        Contrast(coe(OFFICIAL, 2, 8), coe("both", 2, 8)),
+        Contrast(coe(OFFICIAL, 2, 8), coe("init", 2, 8)),
+        Contrast(coe(OFFICIAL, 2, 8), coe(PRENORM, 2, 8)),
+        Contrast(coe("both", 2, 8), coe("both", 2, 8, shared_router=True)),
+    ),
+    "The authors' published script sets `outer_residual=true` and leaves the inner residual on in both ablations, so "
+    "`both` and `both, one router` may be what the paper measured.",
+)
+ITERATIONS = Experiment(
+    "iterations",
+    "C = 1 to 4, at fixed C x K = 12 and at fixed K = 4 (appendix C.2)",
+    for_both(
+        lambda rule: [
+            *(Contrast(Arm(rule, count, 12 // count), moe(rule, 12)) for count in (2, 3, 4)),
+            *(Contrast(Arm(rule, count, 4), moe(rule, 4)) for count in (2, 3, 4)),
+        ]
+    ),
+)
+OWN_RATES = Experiment(
+    "own_learning_rates",
+    "Figure 3a, each model at the best learning rate of its own grid",
+    headline(own_lr=True),
+)
+SECOND_DATA = Experiment("second_data", "Figure 3a on other data", headline(data="second"))
+OURS = Experiment(
+    "ours",
+    "Is re-routing needed? And the norm?",
+    (
+        *for_both(
+            lambda rule: [
+                Contrast(
+                    moe(rule, variant="scalar"),
+                    coe(rule, 2, 4),
+                    "one learned scalar per layer does what CoE-2(4/64) does, at the same FLOPs",
+                    matches=True,
+                    by="sceptics",
+                ),
+                Contrast(
+                    moe(rule, variant="scalar"),
+                    coe(rule, 2, 8),
+                    "one learned scalar per layer does what a second pass, CoE-2(8/64), does",
+                    matches=True,
+                    by="sceptics",
+                ),
+                Contrast(
+                    coe(rule, 2, 4, variant="held"),
+                    coe(rule, 2, 4),
+                    "choosing experts once is as good as choosing anew in every iteration",
+                    matches=True,
+                    by="sceptics",
+                ),
+                Contrast(moe(rule, variant="scalar"), moe(rule)),
+            ]
+        ),
+        Contrast(coe(PRENORM, 2, 4, variant="renorm"), coe(PRENORM, 2, 4)),
+        Contrast(coe(PRENORM, 2, 4, variant="renorm"), moe(PRENORM)),
+    ),
+    "`scalar MoE`: MoE(8/64) whose output is multiplied by a learned number, 1 at first. `routed once`: both "
+    "iterations run the experts that the first one chose, the second's output times a learned number. `norm each "
+    "time`: every iteration reads the stream through a norm of its own.",
+)
+FIGURE_5 = Experiment(
+    "figure_5",
+    "Iterating or choosing more experts",
+    for_both(
+        lambda rule: [
+            Contrast(coe(rule, 2, 8), moe(rule, 24), "CoE-2(8/64) matches 3x the experts, MoE(24/64)", matches=True),
+            Contrast(coe(rule, 2, 8), moe(rule, 16), "CoE-2(8/64) is better than MoE(16/64), of equal FLOPs"),
+            Contrast(coe(rule, 2, 8), moe(rule), "CoE-2(8/64) is better than MoE(8/64)"),
+        ]
+    ),
+)
+FIGURE_4 = Experiment(
+    "figure_4",
+    "Iterating or stacking layers",
+    for_both(
+        lambda rule: [
+            Contrast(coe(rule, 2, 8), moe(rule, depth=2), "CoE-2(8/64) matches MoE(8/64) of 2x layers", matches=True),
+            Contrast(coe(rule, 2, 8), moe(rule, depth=3)),
+        ]
+    ),
+)
+FIGURE_6 = Experiment(
+    "figure_6",
+    "Fewer experts in memory",
+    for_both(
+        lambda rule: [
+            Contrast(coe(rule, 2, 4, experts=47), moe(rule), "CoE-2(4/48) performs like MoE(8/64)", matches=True),
+            Contrast(coe(rule, 2, 4, experts=47), coe(rule, 2, 4)),
+        ]
+    ),
+)
+FIGURE_3B = Experiment(
+    "figure_3b",
+    "Iterating a dense layer, 8 of 8 experts",
+    for_both(
+        lambda rule: [
+            Contrast(dense(rule, 1), dense(rule, 2), "a dense layer gains nothing by a second iteration", matches=True)
+        ]
+    ),
+    "Eight routed experts, all chosen, and the shared one.",
+)
+TABLE_2 = Experiment(
+    "table_2",
+    "A shared expert or none (64 routed experts)",
+    for_both(
+        lambda rule: [
+            Contrast(coe(rule, 2, 4, experts=64, shared_experts=0), moe(rule, experts=64, shared_experts=0)),
+            Contrast(moe(rule), moe(rule, experts=64, shared_experts=0)),
+            Contrast(coe(rule, 2, 4), coe(rule, 2, 4, experts=64, shared_experts=0)),
+        ]
+    ),
+)
+# In the order in which they are run.
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        *(FIGURE_3A, RULE_TABLE, FIGURE_7, ITERATIONS, OWN_RATES, SECOND_DATA),
+        *(OURS, FIGURE_5, FIGURE_4, FIGURE_6, FIGURE_3B, TABLE_2),
+    )
+}
+BASELINES = (moe(OFFICIAL), moe(PRENORM))

@@ -1,0 +1,154 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures of the report: curves of every experiment, the paper's beside ours, and all differences."""
+
+import csv
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.paper.analysis import Curve, Evidence
+from benchmarks.paper.experiments import EXPERIMENTS, OFFICIAL, Arm, Experiment, coe, dense, moe
+
+
+# The paper's curves: file and column of each arm.
+PAPER_CURVES = {
+    moe(OFFICIAL): ("fixed_compute_and_fewer_experts", "64ept-8tpk-1itr"),
+    coe(OFFICIAL, 2, 4): ("fixed_compute_and_fewer_experts", "64ept-4tpk-2itr"),
+    coe(OFFICIAL, 2, 4, experts=47): ("fixed_compute_and_fewer_experts", "48ept-4tpk-2itr"),
+    coe(OFFICIAL, 2, 8): ("width_scaling", "64ept-8tpk-2itr"),
+    moe(OFFICIAL, 16): ("width_scaling", "64ept-16tpk-1itr"),
+    moe(OFFICIAL, 24): ("width_scaling", "64ept-24tpk-1itr"),
+    moe(OFFICIAL, depth=2): ("depth_scaling", "64ept-8tpk-1itr-8lyr"),
+    moe(OFFICIAL, depth=3): ("depth_scaling", "64ept-8tpk-1itr-12lyr"),
+    coe(OFFICIAL, 2, 8, shared_router=True): ("ablations", "64ept-8tpk-2itr-noig"),
+    coe("outer", 2, 8): ("ablations", "64ept-8tpk-2itr-ore"),
+    dense(OFFICIAL, 1): ("sparse_vs_dense", "8ept-8tpk-1itr"),
+    dense(OFFICIAL, 2): ("sparse_vs_dense", "8ept-8tpk-2itr"),
+}
+
+
+def read_paper_curves(folder: Path) -> dict[Arm, Curve]:
+    """The paper's curves by arm, as far as the files are there."""
+    curves = {}
+    for arm, (name, ending) in PAPER_CURVES.items():
+        path = folder / f"{name}.tsv"
+        if not path.exists():
+            continue
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        column = next(key for key in rows[0] if key.removesuffix(" - val/loss").endswith(ending))
+        curves[arm] = [(int(row["Step"]), float(row[column])) for row in rows]
+    return curves
+
+
+def draw_curves(
+    axes: Any, curves: Mapping[str, list[Curve]], colors: Mapping[str, str], title: str, unit: str
+) -> None:
+    """Mean and range over seeds of curves that share their positions, from a quarter on, where differences show."""
+    low, high = float("inf"), 0.0
+    for label, seeds in curves.items():
+        positions = [position for position, _ in seeds[0]]
+        columns = list(zip(*([loss for _, loss in curve] for curve in seeds), strict=True))
+        mean = [statistics.fmean(column) for column in columns]
+        axes.plot(positions, mean, color=colors[label], label=label)
+        if len(seeds) > 1:
+            axes.fill_between(
+                positions,
+                *map(list, zip(*((min(c), max(c)) for c in columns), strict=True)),
+                color=colors[label],
+                alpha=0.2,
+            )
+        late = [loss for position, loss in zip(positions, mean, strict=True) if position >= positions[-1] / 4]
+        low, high = min(low, *late), max(high, *late)
+    axes.set(
+        xlabel=unit, ylabel="held-out loss", title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def plot_experiment(evidence: Evidence, experiment: Experiment, paper: Mapping[Arm, Curve], path: Path) -> bool:
+    """The paper's curves where it has some, ours over steps and over seconds. Returns whether there was anything."""
+    steps: dict[str, list[Curve]] = {}
+    seconds: dict[str, list[Curve]] = {}
+    for arm in experiment.arms:
+        curves = [
+            curve
+            for curve in map(evidence.curve, evidence.runs(arm).values())
+            if curve and curve[-1][0] == evidence.scale.steps
+        ]
+        if not curves:
+            continue
+        steps[arm.label] = curves
+        if (ratio := evidence.cost(arm, "seconds")) is not None:
+            seconds[arm.label] = [[(step * ratio, loss) for step, loss in curve] for curve in curves]
+    if not steps:
+        return False
+    theirs = {arm.label: [paper[arm]] for arm in experiment.arms if arm in paper}
+    colors = {arm.label: f"C{index % 10}" for index, arm in enumerate(experiment.arms)}
+    panels = [
+        (curves, title, unit)
+        for curves, title, unit in (
+            (theirs if len(theirs) > 1 else {}, "the paper's", "step"),
+            (steps, f"ours, {evidence.scale.name}", "step"),
+            (seconds, f"ours, {evidence.scale.name}", "time, in steps of MoE(8/64) inner"),
+        )
+        if curves
+    ]
+    figure = Figure(figsize=(5.2 * len(panels), 4.2))
+    for axes, (curves, title, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_curves(axes, curves, colors, title, unit)
+    figure.suptitle(experiment.title, fontsize=10)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    return True
+
+
+def plot_differences(evidence: Evidence, path: Path) -> bool:
+    """All paired differences with their intervals, at equal steps and at equal seconds."""
+    rows = [
+        (f"{name}: {contrast.label}", comparison.differences)
+        for name in evidence.scale.experiments
+        for contrast in EXPERIMENTS[name].contrasts
+        if (comparison := evidence.compare(contrast)).differences["steps"] is not None
+        and comparison.differences["steps"].count > 1
+    ][::-1]
+    if not rows:
+        return False
+    figure = Figure(figsize=(8, 1 + 0.24 * len(rows)))
+    axes = figure.subplots()
+    for shift, (measure, color) in zip((0.15, -0.15), (("steps", "C0"), ("seconds", "C3")), strict=True):
+        found = [(y + shift, row[measure]) for y, (_, row) in enumerate(rows) if row[measure] is not None]
+        axes.errorbar(
+            [difference.mean for _, difference in found],
+            [y for y, _ in found],
+            xerr=[difference.half for _, difference in found],
+            fmt="o",
+            markersize=3,
+            capsize=2,
+            color=color,
+            label=f"at equal {measure}",
+        )
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
+    axes.set(
+        xlabel="difference of held-out losses, 95 % interval (left of 0: the first is better)", ylim=(-1, len(rows))
+    )
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    return True

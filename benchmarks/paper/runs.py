@@ -1,0 +1,310 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How it is run: scales, runs and their order.
+
+A [`Scale`] says how wide the models are and how long they train. A [`Run`] is an arm with everything resolved, and its
+identity: experiments that need the same run share it.
+
+The learning rate is tuned once, for the two baselines and for nothing else, and then used by all. `own_lr` arms use
+the best of the same grid for their own model instead.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal
+
+from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, Arm
+
+
+TUNING_SEED = 0  # of no other run
+Kind = Literal["train", "timing"]
+
+
+# ---- Scales ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data of `examples/pretrain.py`, as its options; `{root}` is the folder of the runner's `--data-root`. `split` is
+    the held-out split that losses are quoted of."""
+
+    name: str
+    split: str = "held_out"
+    options: dict[str, str] = field(default_factory=dict)
+
+
+ARITHMETIC = Data("arithmetic", "numbers")
+GSM8K = Data("gsm8k", options={"data": "{root}/gsm8k/train.parquet", "eval_data": "{root}/gsm8k/test.parquet"})
+META_MATH = Data(
+    "metamathqa",
+    options={
+        "data": "meta-math/MetaMathQA",
+        "prompt_column": "query",
+        "answer_column": "response",
+        "eval_fraction": "0.01",
+        "tokenizer": "deepseek-ai/DeepSeek-V2-Lite",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Width, training length and grid of learning rates. Proportions are the paper's: experts are 11/16 as wide as the
+    stream, and `examples/pretrain.py` gives the heads and latents theirs.
+
+    Args:
+        shape (`dict[str, int]`): Options of `examples/pretrain.py` that all arms share.
+        layers (`int`): Of an arm with `depth=1`.
+        learning_rates (`tuple[float, ...]`): The grid.
+        seeds (`tuple[int, ...]`): As many as the experiments with most seeds want.
+        data (`dict[str, Data]`): Those of the arms' `data`.
+        experiments (`tuple[str, ...]`): Names, all by default.
+        minutes (`float`): Rough time of a run of MoE(8/64), to estimate with.
+        jobs (`int`): Runs at a time.
+        timed_steps (`int`): Pairs of steps in a timing run.
+    """
+
+    name: str
+    about: str
+    shape: dict[str, int]
+    layers: int
+    learning_rates: tuple[float, ...]
+    data: dict[str, Data]
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    experiments: tuple[str, ...] = tuple(EXPERIMENTS)
+    minutes: float = 1.0
+    jobs: int = 1
+    timed_steps: int = 15
+
+    @property
+    def steps(self) -> int:
+        return self.shape["steps"]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.shape["batch_size"] * self.shape["block_size"]
+
+
+def _shape(
+    hidden: int, heads: int, vocab: int, block: int, batch: int, steps: int, evals: int, eval_blocks: int
+) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "expert_width": hidden * 11 // 16,
+        "vocab_size": vocab,
+        "block_size": block,
+        "batch_size": batch,
+        "steps": steps,
+        "warmup_steps": steps // 10,
+        "log_steps": max(1, steps // 50),
+        "eval_steps": steps // evals,
+        "eval_blocks": eval_blocks,
+    }
+
+
+HEADLINE = ("figure_3a", "residual_rules", "own_learning_rates")
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "smoke",
+            "a few steps of a tiny model: tries the programs, measures nothing",
+            _shape(hidden=16, heads=2, vocab=300, block=32, batch=2, steps=4, evals=2, eval_blocks=2),
+            layers=1,
+            learning_rates=(1e-3, 4e-3),
+            data={"main": ARITHMETIC, "second": GSM8K},
+            seeds=(1, 2),
+            experiments=("figure_3a",),
+            minutes=0.2,
+            jobs=2,
+            timed_steps=2,
+        ),
+        Scale(
+            "cpu",
+            "hours on two CPU cores",
+            _shape(hidden=64, heads=4, vocab=1024, block=128, batch=8, steps=500, evals=10, eval_blocks=128),
+            layers=4,
+            learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            data={"main": ARITHMETIC, "second": GSM8K},
+            minutes=2.6,
+            jobs=2,
+        ),
+        Scale(
+            "gpu-hour",
+            "an hour or two of one H100",
+            _shape(hidden=512, heads=8, vocab=1024, block=256, batch=16, steps=1000, evals=20, eval_blocks=128),
+            layers=4,
+            learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
+            data={"main": ARITHMETIC, "second": GSM8K},
+            experiments=HEADLINE,
+            minutes=1.5,
+        ),
+        Scale(
+            "paper",
+            "the paper's own set-up, about half an hour of one H100 a run",
+            _shape(hidden=1024, heads=8, vocab=102_400, block=512, batch=64, steps=1000, evals=100, eval_blocks=256),
+            layers=4,
+            learning_rates=(1.5e-4, 3e-4, 6e-4),
+            data={"main": META_MATH, "second": GSM8K},
+            minutes=17.0,
+        ),
+    )
+}
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's work: an arm at a scale with a learning rate and a seed, or the timing of an arm's steps."""
+
+    scale: Scale
+    arm: Arm
+    lr: float
+    seed: int
+    kind: Kind = "train"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the run computes, and nothing else."""
+        arm = asdict(self.arm.model)
+        del arm["data"], arm["own_lr"], arm["depth"]
+        settings = {"kind": self.kind, "layers": self.scale.layers * self.arm.depth, **arm, **self.scale.shape}
+        if self.kind == "timing":
+            return settings | {"timed_steps": self.scale.timed_steps}
+        return settings | {"data": self.scale.data[self.arm.data].name, "lr": self.lr, "seed": self.seed}
+
+    @cached_property
+    def id(self) -> str:
+        """The run's identity."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        if self.kind == "timing":
+            return f"timing of {self.arm.model.label}"
+        data = self.scale.data[self.arm.data].name
+        return f"{self.arm.label}, {data}, lr {self.lr:g}, seed {self.seed}"
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Before there are runs to learn from."""
+        share = 0.12 if self.kind == "timing" else 1.0
+        return 60 * self.scale.minutes * self.arm.relative_cost * share
+
+    def argv(self, output_dir: str, data_root: str) -> list[str]:
+        """The run as options of `examples/pretrain.py`, but for the variant."""
+        arm = self.arm.model
+        options = {
+            "output_dir": output_dir,
+            "seed": self.seed,
+            "lr": self.lr,
+            "schedule": "constant_with_warmup",
+            "weight_decay": 0.01,
+            "beta2": 0.95,
+            "aux_loss": 0.001,
+            "num_layers": self.scale.layers * arm.depth,
+            "num_experts": arm.experts,
+            "shared_experts": arm.shared_experts,
+            "top_k": arm.top_k,
+            "iterations": 1 if arm.variant == "held" else arm.iterations,  # it has one router, called once
+            "residual": arm.residual,
+            "save_steps": self.scale.shape["log_steps"],
+            **self.scale.shape,
+            **{name: value.format(root=data_root) for name, value in self.scale.data[self.arm.data].options.items()},
+        }
+        flags = ["--shared-router"] if arm.shared_router else []
+        return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()] + flags
+
+    def to_json(self) -> str:
+        """The run without its scale, for another process."""
+        return json.dumps({"arm": asdict(self.arm), "lr": self.lr, "seed": self.seed, "kind": self.kind})
+
+    @classmethod
+    def from_json(cls, scale: Scale, text: str) -> "Run":
+        values = json.loads(text)
+        return cls(scale, Arm(**values.pop("arm")), **values)
+
+
+def final_loss(result: Mapping[str, Any]) -> float:
+    """The last held-out loss of a result's main split; infinite where training diverged."""
+    loss = result["held_out"][result["split"]][-1][1]
+    return float("inf") if loss is None else loss
+
+
+def tuning_runs(scale: Scale, arms: Iterable[Arm]) -> list[Run]:
+    """The grid of learning rates."""
+    return [Run(scale, arm, lr, TUNING_SEED) for arm, lr in product(arms, scale.learning_rates)]
+
+
+def best_rate(scale: Scale, results: Mapping[str, Any], arms: Iterable[Arm]) -> float | None:
+    """The learning rate of the grid with the lowest mean loss over arms; `None` while a run of theirs is missing."""
+    runs = tuning_runs(scale, arms)
+    if any(run.id not in results for run in runs):
+        return None
+    totals = dict.fromkeys(scale.learning_rates, 0.0)
+    for run in runs:
+        totals[run.lr] += final_loss(results[run.id])
+    return min(totals, key=totals.get)
+
+
+def learning_rate(scale: Scale, results: Mapping[str, Any], arm: Arm) -> float | None:
+    """The learning rate of an arm; `None` while the grid it is chosen from is not finished."""
+    return best_rate(scale, results, (arm.model,) if arm.own_lr else BASELINES)
+
+
+def plan(
+    scale: Scale,
+    results: Mapping[str, Any],
+    only: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    assumed_rate: float | None = None,
+) -> tuple[dict[str, list[Run]], bool]:
+    """All runs in the order in which they are made, finished ones included, each where it is first needed.
+
+    Args:
+        scale (`Scale`): What to run at.
+        results (`Mapping[str, Any]`): Finished runs by id, which the learning rates are chosen by.
+        only (`Iterable[str]`, *optional*): Names of experiments; the grids they need are included.
+        seeds (`Iterable[int]`, *optional*): Of every experiment, instead of the first few of the scale's.
+        assumed_rate (`float`, *optional*): Stands for a learning rate that is not known yet.
+
+    Returns:
+        The runs by experiment, and whether these are all: those after an unfinished grid depend on it.
+    """
+    experiments = [EXPERIMENTS[name] for name in only or scale.experiments]
+    stages = {"learning_rate": tuning_runs(scale, BASELINES)}
+    complete = True
+    for experiment in experiments:
+        stage = stages[experiment.name] = tuning_runs(scale, [arm.model for arm in experiment.arms if arm.own_lr])
+        rates = {arm: learning_rate(scale, results, arm) or assumed_rate for arm in experiment.arms}
+        if None in rates.values():
+            complete = False
+            break
+        for seed in seeds or scale.seeds[: experiment.seeds]:
+            stage += [Run(scale, arm, rates[arm], seed) for arm in experiment.arms]
+    if complete:
+        models = dict.fromkeys(arm.model for experiment in experiments for arm in experiment.arms)
+        stages["timing"] = [Run(scale, model, 0.0, TUNING_SEED, kind="timing") for model in models]
+    seen: set[str] = set()
+    for name, stage in stages.items():
+        stages[name] = [run for run in {run.id: run for run in stage}.values() if run.id not in seen]
+        seen |= {run.id for run in stage}
+    return stages, complete

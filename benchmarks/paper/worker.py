@@ -1,0 +1,257 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One run in a process of its own: trains a model, or times its steps, and appends what came out as a JSON line.
+
+    python -m benchmarks.paper.worker --scale cpu --run JSON
+
+The runner starts it. Data, tokenizer, configuration and optimizer are those of `examples/pretrain.py`.
+"""
+
+import argparse
+import datetime
+import hashlib
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
+
+from benchmarks.measure import Clock, alternate, describe_machine, spread
+from benchmarks.paper import results
+from benchmarks.paper.experiments import OFFICIAL, moe
+from benchmarks.paper.runs import SCALES, Run
+from benchmarks.paper.variants import build_model, expert_flops_per_token
+from modeling_coe import CoeForCausalLM
+from modeling_coe.diagnostics import measure_routing
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import pretrain  # noqa: E402
+
+
+SOURCES = ("configuration_coe/*.py", "modeling_coe/*.py", "examples/*.py", "benchmarks/paper/[vw]*.py")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 3  # steps of a timing that do not count
+
+
+class Inputs:
+    """Data, tokenizer and options of a run, for as many steps as are wanted."""
+
+    def __init__(self, run: Run, output_dir: str, data_root: str, steps: int | None = None):
+        self.args = pretrain.parse_arguments(run.argv(output_dir, data_root))
+        self.args.steps = steps or self.args.steps
+        corpus = pretrain.load_corpus(self.args)
+        self.tokenizer = pretrain.choose_tokenizer(self.args, corpus)
+        self.train, self.held_out = pretrain.pack_corpus(self.args, corpus, self.tokenizer)
+
+    def model(self, run: Run) -> CoeForCausalLM:
+        """A new model for these data: of the run they were made for, or of another."""
+        args = pretrain.parse_arguments(run.argv(str(self.args.output_dir), ""))
+        set_seed(run.seed)
+        return build_model(pretrain.build_config(args, self.tokenizer), run.arm.variant)
+
+    def trainer(self, model: CoeForCausalLM, **parts: Any) -> Trainer:
+        """A trainer that writes nothing: a run that is killed is short enough to be made again."""
+        arguments = pretrain.training_arguments(self.args, evaluate_first="eval_dataset" in parts)
+        arguments.save_strategy = SaveStrategy.NO
+        arguments.disable_tqdm = True
+        if "eval_dataset" not in parts:
+            arguments.eval_strategy = IntervalStrategy.NO
+        return Trainer(model=model, args=arguments, train_dataset=pretrain.Blocks(self.train), **parts)
+
+
+class StepRecorder(TrainerCallback):
+    """Seconds of every training step by two clocks, and a fingerprint of the tokens in the order they came."""
+
+    def __init__(self, model: CoeForCausalLM):
+        self.cpu, self.wall, self.digest = [], [], hashlib.sha256()
+        model.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, model: CoeForCausalLM, args: tuple, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.digest.update(kwargs["input_ids"].cpu().numpy())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        self.cpu.append(time.process_time() - self.began[0])
+        self.wall.append(time.perf_counter() - self.began[1])
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most memory this process had resident at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scalars(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is not a list."""
+    return {name: value for name, value in entry.items() if not isinstance(value, list)}
+
+
+def routing_of(model: CoeForCausalLM, blocks: torch.Tensor, batch_size: int) -> list[dict[str, Any]]:
+    """Statistics of the routers by layer, without the tables of single experts."""
+    batches = ({"input_ids": batch} for batch in blocks.split(batch_size))
+    return [
+        {"layer": layer["layer"]}
+        | {part: [scalars(entry) for entry in layer[part]] for part in ("iterations", "transitions")}
+        for layer in measure_routing(model, batches).summary()["layers"]
+    ]
+
+
+def size_of(model: CoeForCausalLM, variant: str | None) -> dict[str, int]:
+    """Parameters, counted, and work."""
+    config, total = model.config, sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": total,
+        "active_parameters": config.active_parameters + total - config.total_parameters,
+        "non_embedding_parameters": total - config.embedding_parameters,
+        "expert_flops_per_token": expert_flops_per_token(config, variant),
+    }
+
+
+def curve(log: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+
+def train(run: Run, data_root: str) -> dict[str, Any]:
+    """Trains a model and evaluates it along the way."""
+    split = run.scale.data[run.arm.data].split
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Inputs(run, folder, data_root)
+        before = resident_bytes()
+        model = inputs.model(run)
+        recorder = StepRecorder(model)
+        held_out = {name: pretrain.Blocks(blocks) for name, blocks in inputs.held_out.items()}
+        trainer = inputs.trainer(model, eval_dataset={split: held_out.pop(split)}, callbacks=[recorder])
+        trainer.train()
+        if held_out:
+            trainer.evaluate(held_out)
+    peak = peak_bytes()
+    log = trainer.state.log_history
+    return {
+        "split": split,
+        "held_out": {name: curve(log, f"eval_{name}_loss") for name in inputs.held_out},
+        "training": curve(log, "loss"),  # with the balancing loss
+        "unigram": {
+            name: pretrain.unigram_loss(inputs.train, blocks, model.config.vocab_size)
+            for name, blocks in inputs.held_out.items()
+        },
+        "data_fingerprint": pretrain.fingerprint_of(inputs.train, inputs.held_out),
+        "order_fingerprint": recorder.digest.hexdigest()[:16],
+        "training_tokens": len(recorder.wall) * run.scale.tokens_per_step,
+        **size_of(model, run.arm.variant),
+        "cpu_seconds_per_step": spread(recorder.cpu)._asdict(),
+        "wall_seconds_per_step": spread(recorder.wall)._asdict(),
+        "tokens_per_second": run.scale.tokens_per_step / statistics.median(recorder.wall),
+        "peak_memory": peak,
+        "peak_memory_above_start": peak - before,
+        "peak_device_memory": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
+        "routing": routing_of(model, inputs.held_out[split], inputs.args.batch_size),
+    }
+
+
+def training_step(trainer: Trainer, ids: torch.Tensor) -> None:
+    """What the `Trainer` computes in a step, and nothing that it logs."""
+    model = trainer.model.train()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=trainer.args.bf16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def time_steps(run: Run, data_root: str) -> dict[str, Any]:
+    """Times training steps of an arm's model and of MoE(8/64), alternately, on the same tokens."""
+    clock, steps = Clock(DEVICE, torch.get_num_threads()), WARM_UP + run.scale.timed_steps
+    runs = {name: replace(run, arm=arm, lr=1e-4) for name, arm in (("arm", run.arm), ("reference", moe(OFFICIAL)))}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Inputs(runs["arm"], folder, data_root, steps)
+        trainers = {name: inputs.trainer(inputs.model(of)) for name, of in runs.items()}
+    batches = {name: iter(inputs.train.split(inputs.args.batch_size)) for name in runs}
+    for trainer in trainers.values():
+        trainer.create_optimizer()
+
+    def step(name: str) -> float:
+        ids = next(batches[name]).to(DEVICE)
+        return clock(lambda: training_step(trainers[name], ids))
+
+    samples = alternate({name: lambda name=name: step(name) for name in runs}, steps)
+    samples = {name: seconds[WARM_UP:] for name, seconds in samples.items()}
+    ratios = [ours / theirs for ours, theirs in zip(samples["arm"], samples["reference"], strict=True)]
+    return {"seconds_per_step": samples, "ratio": spread(ratios)._asdict()}
+
+
+def code_fingerprint() -> str:
+    """A short hash of the sources that a run depends on, so that runs of different code can be told apart."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def execute(run: Run, data_root: str) -> dict[str, Any]:
+    """The run's line."""
+    began, code = time.perf_counter(), code_fingerprint()
+    outcome = (time_steps if run.kind == "timing" else train)(run, data_root)
+    machine = argparse.Namespace(device=DEVICE, threads=torch.get_num_threads(), date=str(datetime.date.today()))
+    return {
+        "id": run.id,
+        "label": run.label,
+        "scale": run.scale.name,
+        "settings": run.settings,
+        **outcome,
+        "machine": describe_machine(machine),
+        "code": code,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, required=True)
+    parser.add_argument("--run", required=True, help="as `Run.to_json` writes it")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--data-root", default="../shared/data")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nice", type=int, default=0)
+    args = parser.parse_args(argv)
+    os.nice(args.nice)
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    run = Run.from_json(SCALES[args.scale], args.run)
+    results.append(results.path_of(args.scale, args.results), execute(run, args.data_root))
+
+
+if __name__ == "__main__":
+    main()

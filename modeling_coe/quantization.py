@@ -1,0 +1,196 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What of a model is quantised, and a recipe that reaches the routed experts.
+
+Most quantisers replace linear modules. Routed experts are fused 3D parameters of a module that is none, so they keep
+their dtype, and nobody says so: a model "in 8 bit" may hold nine tenths of its parameters in bfloat16.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from transformers import TorchAoConfig
+
+
+ROUTED_EXPERTS = "routed experts"
+# The first that matches the name of a parameter is its kind.
+_KINDS = (
+    ("lora_", "adapters"),
+    (".mlp.experts.", ROUTED_EXPERTS),
+    (".mlp.shared_expert", "shared experts"),
+    (".mlp.gate.", "routers"),
+    (".mlp.", "dense MLPs"),
+    (".self_attn.", "attention"),
+    ("embed_tokens.", "embeddings"),
+    ("lm_head.", "embeddings"),
+    ("", "norms and others"),
+)
+# What quantised modules keep beside their weight. These count as memory and not as parameters.
+_BESIDE_THE_WEIGHT = {
+    *("weight_scale", "weight_scale_inv", "activation_scale", "input_scale", "scales", "qzeros", "g_idx"),
+    *("gate_up_proj_scale_inv", "down_proj_scale_inv"),
+}
+
+
+@dataclass
+class QuantizedShare:
+    """How many parameters there are, how many of them are quantised, and the bytes of each."""
+
+    parameters: int = 0
+    quantized_parameters: int = 0
+    bytes: int = 0
+    quantized_bytes: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters that is quantised, from 0 to 1."""
+        return self.quantized_parameters / self.parameters if self.parameters else 0.0
+
+    def add(self, parameters: int, num_bytes: int, quantized: bool) -> None:
+        self.parameters += parameters
+        self.bytes += num_bytes
+        if quantized:
+            self.quantized_parameters += parameters
+            self.quantized_bytes += num_bytes
+
+
+@dataclass
+class QuantizationReport:
+    """What [`quantization_report`] found: `total`, and the same `by_kind` of parameter."""
+
+    total: QuantizedShare = field(default_factory=QuantizedShare)
+    by_kind: dict[str, QuantizedShare] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{'':18}{'parameters':>15}{'quantised':>11}{'bytes':>15}"]
+        for kind, part in (*self.by_kind.items(), ("total", self.total)):
+            lines.append(f"{kind:18}{part.parameters:>15,}{part.share:>11.1%}{part.bytes:>15,}")
+        return "\n".join(lines)
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
+    """Counts which parameters of a model are quantised, kind by kind, and warns where the routed experts are not.
+
+    Recognises, without importing them, tensor subclasses (torchao), weights in one byte or less (bitsandbytes, fp8,
+    mxfp4) and packed buffers (GPTQ, AWQ). A shared tensor counts once.
+
+    Args:
+        model (`nn.Module`): Any model; one that is not quantised is reported as such, without a warning.
+
+    Returns:
+        `QuantizationReport`: Its `print` is a table.
+    """
+    report = QuantizationReport()
+    for name, parameters, num_bytes, quantized in _weights(model):
+        kind = next(kind for part, kind in _KINDS if part in f".{name}")
+        for part in (report.total, report.by_kind.setdefault(kind, QuantizedShare())):
+            part.add(parameters, num_bytes, quantized)
+    experts = report.by_kind.get(ROUTED_EXPERTS)
+    if report.total.quantized_parameters and experts is not None and experts.share < 1:
+        warnings.warn(
+            f"{experts.share:.0%} of the routed experts' parameters are quantised. They are "
+            f"{experts.parameters / report.total.parameters:.0%} of the model, which is {report.total.share:.0%} "
+            "quantised: quantisers of linear modules, such as bitsandbytes, leave fused 3D experts as they are. "
+            "`modeling_coe.quantization.int8_weight_only` reaches them.",
+            stacklevel=2,
+        )
+    return report
+
+
+def int8_weight_only() -> TorchAoConfig:
+    """8-bit weights for torchao, symmetric with one scale per output row: linear modules and the routed experts.
+
+    The output head, embeddings, norms and routers keep their dtype. To be used as `quantization_config`:
+
+    ```python
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=int8_weight_only(), experts_implementation="eager"
+    )
+    ```
+
+    `"eager"` is the experts implementation that multiplies with one expert's weight at a time, which is what torchao's
+    tensors can do. `save_pretrained` and `from_pretrained` keep the 8 bits, in the fused layout. This saves memory and
+    not time: on the CPU, weights are widened whenever they are used.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ImportError(
+            "`int8_weight_only` needs torchao, which is not installed: `pip install torchao`."
+        ) from error
+    from transformers import TorchAoConfig
+
+    int8 = Int8WeightOnlyConfig()
+    # torchao knows parameters that are not called `weight` by name only.
+    experts, linear = r"re:.*\.mlp\.experts\.(gate_up|down)_proj", r"re:.*_proj(_with_mqa)?\.weight"
+    return TorchAoConfig(FqnToConfig({experts: int8, linear: int8}))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, int, int, bool]]:
+    """Name, number of parameters, bytes and whether it is quantised, of every weight and what belongs to it."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        tensors = [(name, tensor, True) for name, tensor in module.named_parameters(recurse=False)]
+        # Packed weights are buffers; what else is one (rotary frequencies, selection biases) is no parameter.
+        tensors += [(name, tensor, False) for name, tensor in module.named_buffers(recurse=False)]
+        is_packed = any(name == "qweight" for name, _, _ in tensors)
+        for name, tensor, is_parameter in tensors:
+            if id(tensor) in seen or not (is_parameter or is_packed or name in _BESIDE_THE_WEIGHT):
+                continue
+            seen.add(id(tensor))
+            is_weight = name not in _BESIDE_THE_WEIGHT
+            quantized = not is_weight or name == "qweight" or _is_quantized(tensor)
+            parameters = _logical_size(module, tensor) if is_weight else 0
+            yield f"{prefix}.{name}", parameters, _num_bytes(tensor), quantized
+
+
+def _is_quantized(tensor: torch.Tensor) -> bool:
+    return type(tensor.data).__module__.split(".")[0] == "torchao" or tensor.element_size() == 1
+
+
+def _logical_size(module: nn.Module, tensor: torch.Tensor) -> int:
+    """Number of weights that a tensor stands for, which may hold several in one element."""
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4 bits
+    if state is not None:
+        return state.shape.numel()
+    is_packed = tensor.dtype in (torch.uint8, torch.int32)
+    if is_packed and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features * module.out_features
+    return tensor.numel()
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor with the scales inside it."""
+    data = tensor.data
+    if hasattr(data, "__tensor_flatten__"):
+        names, _ = data.__tensor_flatten__()
+        return sum(_num_bytes(getattr(data, name)) for name in names)
+    # bitsandbytes keeps the scales as attributes of the parameter.
+    scales = (getattr(getattr(tensor, "quant_state", None), "absmax", None), getattr(tensor, "SCB", None))
+    return data.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
+
+
+__all__ = ["QuantizationReport", "QuantizedShare", "int8_weight_only", "quantization_report"]

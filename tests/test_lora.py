@@ -1,0 +1,355 @@
+"""`lora_config`: what an adapter reaches, how large it is, and its way to disk, into the weights and out again."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_coe import CoeConfig, CoeForSequenceClassification
+from modeling_coe.lora import lora_config
+
+from .helpers import EXPERTS_BACKENDS, random_ids, tiny_config, tiny_model
+
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings(
+    "default::FutureWarning",  # PEFT reads a deprecated property of transformers
+    "error:.*rank_pattern:RuntimeWarning",
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUPED_QUERIES = {"num_key_value_heads": 2, "head_dim": 16}
+BACKBONES = {
+    "deepseek_v2": {},
+    "deepseek_v3": {"q_lora_rank": 12},
+    "qwen2_moe": {**GROUPED_QUERIES, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**GROUPED_QUERIES, "n_shared_experts": 0},
+    "olmoe": {"num_key_value_heads": 2, "n_shared_experts": None},
+    "mixtral": {**GROUPED_QUERIES, "n_shared_experts": 0},
+    "llama": GROUPED_QUERIES,
+    "qwen3": GROUPED_QUERIES,
+}
+EVERYTHING = {"attention": True, "experts": True, "routers": True, "shared_experts": True}
+NOTHING = dict.fromkeys(EVERYTHING, False)
+
+
+def adapted(overrides: dict | None = None, seed: int = 0, **options):
+    """A tiny model whose first layer is dense, with an adapter that is not zero."""
+    model = tiny_model(**{"num_hidden_layers": 3, "first_k_dense_replace": 1, **(overrides or {})})
+    options = {"r": 3, "init_lora_weights": False, **options}
+    torch.manual_seed(seed + 7)
+    return peft.get_peft_model(model, lora_config(model, **options))
+
+
+def attention_shapes(config: CoeConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every projection of one attention."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.backbone not in ("deepseek_v2", "deepseek_v3"):
+        query, key = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        return {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
+    query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    shapes = {
+        "kv_a_proj_with_mqa": (config.kv_lora_rank + config.qk_rope_head_dim, hidden),
+        "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        "o_proj": (hidden, heads * config.v_head_dim),
+    }
+    if config.q_lora_rank is None:
+        return {**shapes, "q_proj": (query, hidden)}
+    return {**shapes, "q_a_proj": (config.q_lora_rank, hidden), "q_b_proj": (query, config.q_lora_rank)}
+
+
+def expected_parameters(config: CoeConfig, r: int, expert_r: int, routers: bool = False) -> dict[str, int]:
+    """Parameters of the adapters by what they are on, counted by hand: rank * (in + out) for every matrix."""
+    hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    sparse = config.num_hidden_layers - config.first_k_dense_replace
+    counts = {"self_attn": config.num_hidden_layers * r * sum(o + i for o, i in attention_shapes(config).values())}
+    counts["experts"] = sparse * experts * expert_r * ((2 * width + hidden) + (hidden + width))
+    if config.n_shared_experts:
+        shared = config.shared_expert_intermediate_size or config.n_shared_experts * width
+        counts["shared_experts"] = sparse * r * 3 * (hidden + shared)
+    if routers:
+        counts["gate"] = sparse * (config.inner_iter if config.use_igate else 1) * r * (hidden + experts)
+    return counts
+
+
+def trainable_parameters(model) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = name.split(".")  # base_model.model.model.layers.0.self_attn... or ...layers.1.mlp.gate...
+            kind = parts[5] if parts[5] == "self_attn" else parts[6]
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("backbone", "use_igate"), [*((backbone, True) for backbone in BACKBONES), ("deepseek_v2", False)]
+)
+def test_reaches_what_it_says_and_nothing_else(backbone, use_igate):
+    overrides = {"backbone": backbone, **BACKBONES[backbone], "use_igate": use_igate, "inner_iter": 3}
+    model = adapted(overrides, **EVERYTHING).train()
+    config = model.get_base_model().config
+    assert trainable_parameters(model) == expected_parameters(config, r=3, expert_r=3, routers=True)
+    input_ids = random_ids(2, 24)
+    model(input_ids, labels=input_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert ("lora_" in name) == parameter.requires_grad == (parameter.grad is not None), name
+        assert parameter.grad is None or parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+def test_each_part_alone(kind):
+    model = adapted(**{**NOTHING, kind: True})
+    name = {"attention": "self_attn", "routers": "gate"}.get(kind, kind)
+    expected = expected_parameters(model.get_base_model().config, r=3, expert_r=3, routers=True)
+    assert trainable_parameters(model) == {name: expected[name]}
+
+
+def test_a_new_adapter_changes_nothing():
+    model = adapted(**EVERYTHING, init_lora_weights=True).eval()
+    input_ids = random_ids(2, 9)
+    expected = tiny_model(num_hidden_layers=3, first_k_dense_replace=1)(input_ids).logits
+    torch.testing.assert_close(model(input_ids).logits, expected)
+
+
+def test_a_learned_scale_is_not_adapted():
+    model = adapted({"upcycling": "refine"}, **EVERYTHING)
+    scales = [name for name, _ in model.named_parameters() if "iteration_scale" in name]
+    assert len(scales) == 2 and not any("lora" in name or "base_layer" in name for name in scales)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in scales)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_alpha": 32}, {"lora_alpha": 32, "use_rslora": True}])
+def test_a_rank_for_the_experts(tmp_path, options):
+    model = adapted(r=6, expert_r=2, routers=True, **options)
+    expected = expected_parameters(model.get_base_model().config, r=6, expert_r=2, routers=True)
+    assert trainable_parameters(model) == expected
+    alpha = options.get("lora_alpha", 8)
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        if "use_rslora" in options:
+            assert layer.scaling["default"] == pytest.approx(alpha / layer.r["default"] ** 0.5)
+        else:  # as large a step for the experts as for the others
+            assert layer.scaling["default"] == pytest.approx(alpha / 6)
+    assert {layer.r["default"] for layer in layers} == {2, 6}
+    assert_survives_disk(model, tmp_path)
+
+
+def test_the_experts_alone_have_their_rank_without_patterns():
+    config = lora_config(tiny_config(), attention=False, shared_experts=False, r=16, expert_r=2)
+    assert config.r == 2 and config.lora_alpha == 1
+    assert not config.rank_pattern and not config.alpha_pattern
+
+
+def assert_survives_disk(model, folder: Path) -> None:
+    input_ids = random_ids(2, 9)
+    model.save_pretrained(folder / "adapter")
+    base = tiny_model(num_hidden_layers=3, first_k_dense_replace=1)
+    loaded = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model.eval()(input_ids).logits)
+
+
+FRESH_PROCESS = """
+import sys, torch, modeling_coe
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+for folder in map(Path, sys.argv[1:]):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    input_ids = torch.load(folder / "input_ids.pt")
+    with torch.no_grad():
+        plain = base.eval()(input_ids).logits
+        model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        torch.save({"plain": plain, "adapted": model(input_ids).logits}, folder / "logits.pt")
+"""
+
+
+@torch.no_grad()
+def test_a_fresh_process_computes_the_same(tmp_path):
+    input_ids = random_ids(2, 9)
+    models = {}
+    for use_igate in (True, False):
+        folder = tmp_path / str(use_igate)
+        models[folder] = adapted({"use_igate": use_igate}, **EVERYTHING, expert_r=2).eval()
+        models[folder].save_pretrained(folder / "adapter")
+        tiny_model(num_hidden_layers=3, first_k_dense_replace=1, use_igate=use_igate).save_pretrained(folder / "base")
+        torch.save(input_ids, folder / "input_ids.pt")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *models], env=environment, check=True)
+    for folder, model in models.items():
+        logits = torch.load(folder / "logits.pt")
+        torch.testing.assert_close(logits["adapted"], model(input_ids).logits)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits["plain"], model(input_ids).logits)
+        assert (logits["adapted"] - logits["plain"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("use_igate", [True, False])
+@torch.no_grad()
+def test_merge_and_unload(use_igate):
+    overrides = {"use_igate": use_igate, "initializer_range": 0.05}
+    model = adapted(overrides, **EVERYTHING).eval()
+    input_ids = random_ids(2, 9)
+    expected = model(input_ids).logits
+    plain = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **overrides)
+    assert (plain(input_ids).logits - expected).abs().max() > 0.1
+
+    model.merge_adapter()
+    assert (model(input_ids).logits - expected).abs().max() < 1e-5
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(input_ids).logits, expected, atol=1e-5, rtol=0)
+
+    merged = model.merge_and_unload()
+    assert (merged(input_ids).logits - expected).abs().max() < 1e-5
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+
+    unloaded = adapted(overrides, **EVERYTHING).eval().unload()
+    torch.testing.assert_close(unloaded(input_ids).logits, plain(input_ids).logits)
+
+
+@torch.no_grad()
+def test_two_adapters_on_one_base(tmp_path):
+    """Switched, and swapped in place by PEFT's hot-swap, which needs no new modules."""
+    input_ids = random_ids(2, 9)
+    expected = []
+    for seed in range(2):
+        model = adapted(seed=seed, **EVERYTHING).eval()
+        model.save_pretrained(tmp_path / str(seed))
+        expected.append(model(input_ids).logits)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+    base = tiny_model(num_hidden_layers=3, first_k_dense_replace=1)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "0", adapter_name="first").eval()
+    model.load_adapter(tmp_path / "1", "second")
+    for name, logits in (("second", expected[1]), ("first", expected[0])):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(input_ids).logits, logits)
+
+    from peft.utils.hotswap import hotswap_adapter
+
+    model.delete_adapter("second")
+    modules = len(list(model.modules()))
+    hotswap_adapter(model, str(tmp_path / "1"), adapter_name="first")
+    torch.testing.assert_close(model(input_ids).logits, expected[1])
+    assert len(list(model.modules())) == modules
+
+
+@pytest.mark.parametrize("backend", EXPERTS_BACKENDS)
+@pytest.mark.parametrize("mode", ["plain", "checkpointed", "frozen"])
+def test_gradients_are_those_of_the_weights(backend, mode):
+    """With W + s * B A in the experts, dL/dA = s * B^T dL/dW and dL/dB = s * dL/dW A^T: against a model that holds the
+    merged weights, in every iteration of every layer."""
+    model = adapted({"inner_iter": 3}, **{**NOTHING, "experts": True}).train()
+    base = model.get_base_model()
+    base.set_experts_implementation(backend)
+    if mode == "checkpointed":
+        base.activation_checkpointing_enable()
+    input_ids = random_ids(2, 9)
+    with torch.no_grad() if mode == "frozen" else contextlib.nullcontext():
+        output = model(input_ids, labels=input_ids)
+    merged = adapted({"inner_iter": 3}, **{**NOTHING, "experts": True}).merge_and_unload().train()
+    merged.requires_grad_(True)
+    expected = merged(input_ids, labels=input_ids)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-4)
+    if mode == "frozen":
+        return
+    output.loss.backward()
+    expected.loss.backward()
+    for layer, plain in zip(base.model.layers[1:], merged.model.layers[1:], strict=True):
+        wrapper = layer.mlp.experts
+        for _ in range(2):
+            gradient = getattr(plain.mlp.experts, wrapper.parameter_name).grad
+            a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+            experts, scaling = len(gradient), wrapper.scaling["default"]
+            by_expert = a.view(experts, 3, -1), b.view(len(b), 3, experts)
+            expected_a = scaling * torch.einsum("ore,eoi->eri", by_expert[1], gradient).flatten(0, 1)
+            expected_b = scaling * torch.einsum("eoi,eri->ore", gradient, by_expert[0]).flatten(1)
+            torch.testing.assert_close(a.grad, expected_a, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(b.grad, expected_b, atol=1e-5, rtol=1e-4)
+            wrapper = wrapper.base_layer
+
+
+def test_training_goes_on_under_checkpointing():
+    losses = []
+    for checkpointing in (False, True):
+        model = adapted(**EVERYTHING, init_lora_weights=True).train()
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        torch.manual_seed(3)
+        input_ids = random_ids(2, 12)
+        losses.append([])
+        for _ in range(6):
+            loss = model(input_ids, labels=input_ids).loss
+            losses[-1].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+def test_generation_with_an_adapter_is_that_of_the_merged_model():
+    model = adapted(**EVERYTHING).eval()
+    input_ids = random_ids(2, 5)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(input_ids=input_ids, **options)
+    assert torch.equal(model.merge_and_unload().generate(input_ids=input_ids, **options), expected)
+
+
+def test_the_task_follows_the_model():
+    assert lora_config(tiny_config()).task_type == "CAUSAL_LM"
+    classifier = CoeForSequenceClassification(tiny_config())
+    assert lora_config(classifier).task_type == "SEQ_CLS"
+    model = peft.get_peft_model(classifier, lora_config(classifier))
+    assert any("score" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert lora_config(classifier, task_type="FEATURE_EXTRACTION").task_type == "FEATURE_EXTRACTION"
+
+
+DENSE = {"n_routed_experts": None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "error", "message"),
+    [
+        (DENSE, {}, ValueError, "`experts=True`, but no layer of this model is sparse. Set `experts=False`"),
+        (DENSE, {"experts": False, "routers": True}, ValueError, "`routers=True`, but no layer"),
+        ({}, NOTHING, ValueError, "leave nothing of this model to adapt"),
+        ({"n_shared_experts": 0}, {**NOTHING, "shared_experts": True}, ValueError, "leave nothing"),
+        ({}, {"expert_r": 2, "experts": False}, ValueError, "`expert_r=2` with `experts=False`"),
+        ({}, {"expert_r": 0}, ValueError, "`expert_r=0`"),
+        ({}, {"lora_dropout": 0.1}, ValueError, r"`lora_dropout=0.1` cannot be applied.*`experts=False`"),
+        ({}, {"use_dora": True, "experts": False, "routers": True}, ValueError, "`use_dora=True`"),
+        ({}, {"lora_bias": True}, ValueError, "`lora_bias=True`"),
+        ({}, {"layers_to_transform": [1]}, ValueError, r"`layers_to_transform=\[1\]`"),
+        ({}, {"init_lora_weights": "pissa"}, ValueError, "`init_lora_weights='pissa'` reads the weight"),
+        ({}, {"target_modules": ["q_proj"]}, TypeError, "`target_modules=.* is what this function sets"),
+        ({}, {"expert_r": 2, "rank_pattern": {"o_proj": 4}}, TypeError, "`rank_pattern=.*`expert_r`"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(overrides, options, error, message):
+    with pytest.raises(error, match=message):
+        lora_config(tiny_config(**overrides), **options)
+
+
+def test_what_peft_does_to_modules_is_left_to_it():
+    config = lora_config(tiny_config(**DENSE), experts=False, lora_dropout=0.1, use_dora=True)
+    assert config.lora_dropout == 0.1 and config.use_dora and config.target_parameters is None
+    assert lora_config(tiny_config(), rank_pattern={"o_proj": 4}).rank_pattern == {"o_proj": 4}
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="`model_or_config` is of type Linear"):
+        lora_config(torch.nn.Linear(2, 2))
+
+
+def test_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        lora_config(tiny_config())

@@ -1,0 +1,550 @@
+"""`benchmarks/paper/`: what is run, that a run is the same again, that none is lost, and what follows from them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.paper import analysis, report, results, run, variants, worker
+from benchmarks.paper.analysis import CANNOT_TELL, DOES_NOT, HOLDS, MISSING, Estimate, Evidence
+from benchmarks.paper.experiments import (
+    BASELINES,
+    EXPERIMENTS,
+    FIGURE_3A,
+    FIGURE_5,
+    ITERATIONS,
+    OFFICIAL,
+    PAPER_LOSS,
+    PRENORM,
+    RULES,
+    Arm,
+    Contrast,
+    coe,
+    dense,
+    moe,
+    paper_loss,
+)
+from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
+from benchmarks.paper.runs import SCALES, TUNING_SEED, Run, plan, tuning_runs
+from modeling_coe import CoeConfig
+from tests.helpers import RESIDUAL_FLAGS, random_ids, tiny_config
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE, CPU = SCALES["smoke"], SCALES["cpu"]
+ARMS = list(dict.fromkeys(arm for experiment in EXPERIMENTS.values() for arm in experiment.arms))
+
+
+class Vocabulary:
+    """As much of a tokenizer as a configuration needs."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 1
+
+    def __len__(self) -> int:
+        return 320
+
+
+def config_of(made: Run) -> CoeConfig:
+    return worker.pretrain.build_config(worker.pretrain.parse_arguments(made.argv("out", "root")), Vocabulary())
+
+
+def routed_flops(made: Run) -> int:
+    config = config_of(made)
+    shared = 6 * config.hidden_size * config.shared_expert_width * config.inner_iter * config.num_hidden_layers
+    return config.expert_flops_per_token - shared
+
+
+def line(made: Run, curve: list, **changes) -> dict:
+    """The line of a run with a given held-out curve."""
+    common = {"id": made.id, "label": made.label, "settings": made.settings, "seconds": 10.0, "code": "c"}
+    if made.kind == "timing":
+        return common | {"ratio": {"median": 1.0, "q1": 0.9, "q3": 1.1}} | changes
+    machine = {
+        "device": "a machine",
+        "threads": 1,
+        "cores": 2,
+        "torch": "2",
+        "transformers": "5",
+        "date": "2026-01-01",
+    }
+    iteration = {"load_entropy": 0.9, "max_vio": 1.0, "dead_share": 0.0}
+    return {
+        **common,
+        **{"machine": machine, "split": "numbers", "held_out": {"numbers": curve, "templates": curve[-1:]}},
+        **{"training": [], "unigram": {"numbers": 4.0}, "order_fingerprint": f"{made.seed}", "parameters": 100},
+        **{"active_parameters": 50, "expert_flops_per_token": config_of(made).expert_flops_per_token},
+        **{"cpu_seconds_per_step": {"median": 0.1}, "wall_seconds_per_step": {"median": 0.1}},
+        **{"tokens_per_second": 1000.0, "peak_memory_above_start": 2**20, "peak_device_memory": None},
+        "routing": [
+            {
+                "iterations": [iteration] * made.arm.iterations,
+                "transitions": [{"reuse": 0.1}] * (made.arm.iterations - 1),
+            }
+        ],
+        **changes,
+    }
+
+
+def finished(losses: dict[Arm, list[float]], experiment=FIGURE_3A, rate: float = 1e-3, scale=SMOKE) -> dict[str, dict]:
+    """Results of a scale whose grid chose `rate`: the last losses of arms by seed, and their timings."""
+    lines = [
+        line(made, [[0, 6.0], [scale.steps, 1.0 if made.lr == rate else 2.0]])
+        for made in tuning_runs(scale, BASELINES)
+    ]
+    for arm, values in losses.items():
+        lines += [
+            line(Run(scale, arm, rate, seed), [[0, 6.0], [scale.steps, value]])
+            for seed, value in zip(scale.seeds, values, strict=False)
+        ]
+        lines.append(line(Run(scale, arm.model, 0.0, TUNING_SEED, kind="timing"), []))
+    return {entry["id"]: entry for entry in lines}
+
+
+class TestTable:
+    @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+    def test_every_arm_builds_a_configuration(self, scale):
+        for arm in ARMS:
+            config = config_of(Run(scale, arm, 1e-3, 1))
+            assert config.residual_rule == arm.residual
+            assert config.num_experts_per_tok == arm.top_k and config.n_routed_experts == arm.experts
+            assert config.num_hidden_layers == scale.layers * arm.depth
+            assert config.inner_iter == (1 if arm.variant == "held" else arm.iterations)
+            assert arm.variant is None or arm.residual in variants.VARIANT_RULES[arm.variant]
+
+    def test_arms_are_what_their_labels_say(self):
+        assert len({arm.label for arm in ARMS if arm.data == "main"}) == len([a for a in ARMS if a.data == "main"])
+        assert coe(OFFICIAL, 2, 4).label == "CoE-2(4/64) inner"
+        assert moe(PRENORM, depth=2).label == "MoE(8/64) prenorm, 2x layers"
+        assert moe("outer") == moe(PRENORM) and moe("init") == moe(OFFICIAL)
+
+    def test_routed_flops_are_equal_where_claimed(self):
+        def flops(arm: Arm) -> int:
+            return routed_flops(Run(CPU, arm, 1e-3, 1))
+
+        for rule in RULES:
+            assert flops(coe(rule, 2, 4)) == flops(moe(rule))
+        for rule in (OFFICIAL, PRENORM):
+            assert flops(coe(rule, 2, 8)) == flops(moe(rule, 16))
+            assert flops(moe(rule, 12)) == flops(coe(rule, 2, 6)) == flops(coe(rule, 3, 4)) == flops(coe(rule, 4, 3))
+            assert flops(coe(rule, 2, 8)) == flops(moe(rule, depth=2))
+        assert {contrast.arm.iterations for contrast in ITERATIONS.contrasts} == {2, 3, 4}
+
+    def test_headline_separates_the_rule_from_iterating(self):
+        differing = []
+        for contrast in FIGURE_3A.contrasts:
+            rule = contrast.arm.residual != contrast.against.residual
+            differing.append((rule, contrast.arm.iterations != contrast.against.iterations))
+        assert differing == [(False, True), (False, True), (True, True), (True, False), (True, False)]
+        assert FIGURE_3A.seeds >= 3 and all(experiment.seeds >= 3 for experiment in EXPERIMENTS.values())
+
+    def test_identity_is_what_is_computed(self):
+        made = Run(CPU, coe(OFFICIAL, 2, 4), 1e-3, 1)
+        others = [
+            replace(made, lr=2e-3),
+            replace(made, seed=2),
+            replace(made, kind="timing"),
+            replace(made, arm=replace(made.arm, data="second")),
+            replace(made, arm=replace(made.arm, variant="held")),
+            replace(made, scale=replace(CPU, shape=CPU.shape | {"steps": 501})),
+        ]
+        assert len({run.id for run in [made, *others]}) == 7
+        assert replace(made, arm=replace(made.arm, own_lr=True)).id == made.id
+        assert replace(made, scale=replace(CPU, minutes=9.0, about="another", seeds=(7,))).id == made.id
+        assert Run.from_json(CPU, made.to_json()) == made
+
+    def test_every_run_is_planned_once(self):
+        stages, complete = plan(CPU, {}, assumed_rate=2e-3)
+        runs = [made for stage in stages.values() for made in stage]
+        assert complete and len({made.id for made in runs}) == len(runs)
+        assert list(stages) == ["learning_rate", *EXPERIMENTS, "timing"]
+        wanted = {(arm.model, data) for arm in ARMS for data in [arm.data]}
+        trained = {(made.arm.model, made.arm.data) for made in runs if made.kind == "train"}
+        assert trained == wanted and {made.arm for made in stages["timing"]} == {arm.model for arm in ARMS}
+
+    def test_the_grid_comes_first_and_only_the_baselines_decide(self):
+        stages, complete = plan(SMOKE, {})
+        assert not complete and not stages["figure_3a"]
+        grid = stages["learning_rate"]
+        assert {made.arm for made in grid} == set(BASELINES) == {moe(OFFICIAL), moe(PRENORM)}
+        assert {made.seed for made in grid} == {TUNING_SEED} and TUNING_SEED not in SMOKE.seeds
+        losses = {(OFFICIAL, 1e-3): 1.0, (OFFICIAL, 4e-3): 1.3, (PRENORM, 1e-3): 1.2, (PRENORM, 4e-3): 1.0}
+        results = {made.id: line(made, [[4, losses[made.arm.residual, made.lr]]]) for made in grid}
+        stages, complete = plan(SMOKE, results)
+        assert complete and {made.lr for made in stages["figure_3a"]} == {1e-3}
+        diverged = {
+            id: entry | {"held_out": {"numbers": [[4, None]]}}
+            for id, entry in results.items()
+            if entry["settings"]["lr"] == 1e-3
+        }
+        stages, _ = plan(SMOKE, results | diverged)
+        assert {made.lr for made in stages["figure_3a"]} == {4e-3}
+
+    def test_own_learning_rates(self):
+        scale = replace(SMOKE, experiments=("own_learning_rates",))
+        stages, complete = plan(scale, {}, assumed_rate=1e-3)
+        own = [made for made in stages["own_learning_rates"] if made.seed == TUNING_SEED]
+        assert {made.arm for made in own} == {coe(OFFICIAL, 2, 4), coe(PRENORM, 2, 4)}
+        grid = stages["learning_rate"] + own
+        results = {made.id: line(made, [[4, made.lr if made.arm.iterations == 1 else -made.lr]]) for made in grid}
+        stages, complete = plan(scale, results)
+        rates = {(made.arm.iterations, made.lr) for made in stages["own_learning_rates"] if made.seed != TUNING_SEED}
+        assert complete and rates == {(1, 1e-3), (2, 4e-3)}
+
+    def test_paper_figures(self):
+        assert {arm.model for arm in PAPER_LOSS} <= {arm.model for arm in ARMS}
+        assert paper_loss(coe(PRENORM, 2, 4)) == paper_loss(coe(OFFICIAL, 2, 4, data="second")) == 1.1211
+        assert paper_loss(coe("init", 2, 8)) is None
+
+    def test_paper_curves_end_where_the_table_says(self):
+        curves = read_paper_curves(ROOT.parent / "shared" / "data" / "paper_curves")
+        if not curves:
+            pytest.skip("the paper's curves (../shared/data/paper_curves) are not there")
+        assert curves.keys() == PAPER_CURVES.keys() == PAPER_LOSS.keys()
+        for arm, curve in curves.items():
+            assert curve[-1] == (1000, pytest.approx(PAPER_LOSS[arm], abs=5e-5))
+        assert read_paper_curves(ROOT / "nowhere") == {}
+
+
+class TestVariants:
+    def both(self, variant: str, rule: str, **fields):
+        config = tiny_config(**RESIDUAL_FLAGS[rule], **fields)
+        models = []
+        for name in (None, variant):
+            torch.manual_seed(0)
+            models.append(variants.build_model(config, name).eval())
+        return *models, random_ids(2, 7)
+
+    @pytest.mark.parametrize("rule", ["inner", "prenorm"])
+    def test_scalar_starts_as_the_mixture(self, rule):
+        mixture, scaled, ids = self.both("scalar", rule, inner_iter=1)
+        torch.testing.assert_close(scaled(ids).logits, mixture(ids).logits)
+        for layer in scaled.model.layers:
+            torch.nn.init.constant_(layer.scale, 0.5)
+        assert not torch.allclose(scaled(ids).logits, mixture(ids).logits)
+
+    @pytest.mark.parametrize("rule", ["inner", "prenorm"])
+    def test_held_routes_once_and_runs_twice(self, rule):
+        mixture, held, ids = self.both("held", rule, inner_iter=1)
+        for layer in held.model.layers:
+            torch.nn.init.zeros_(layer.scale)
+        torch.testing.assert_close(held(ids).logits, mixture(ids).logits)
+        output = held.train()(ids, labels=ids, output_router_logits=True)
+        assert len(output.router_indices) == held.config.num_hidden_layers
+        output.loss.backward()
+        assert all(layer.scale.grad.abs() > 0 for layer in held.model.layers)
+        assert variants.expert_flops_per_token(held.config, "held") == 2 * held.config.expert_flops_per_token
+
+    def test_renorm_normalises_every_input(self):
+        mixture, renormed, ids = self.both("renorm", "prenorm", inner_iter=1)
+        torch.testing.assert_close(renormed(ids).logits, mixture(ids).logits)
+        _, renormed, _ = self.both("renorm", "prenorm", inner_iter=3)
+        layer, h = renormed.model.layers[0], torch.randn(2, 5, renormed.config.hidden_size)
+        expected = h
+        for iteration, norm in enumerate([layer.post_attention_layernorm, *layer.norms]):
+            expected = expected + layer.mlp(norm(expected), iteration)
+        torch.testing.assert_close(layer.chain(h), expected)
+        assert len(layer.norms) == 2
+
+    def test_unknown_rule(self):
+        with pytest.raises(ValueError, match=r"'renorm'.*'inner'"):
+            variants.build_model(tiny_config(), "renorm")
+
+
+class TestStatistics:
+    def test_interval_by_hand(self):
+        # Standard deviation 1, t(2) = 4.303.
+        found = analysis.estimate([1.0, 2.0, 3.0])
+        assert found == (2.0, pytest.approx(4.303 / 3**0.5), 3)
+        assert (found.low, found.high) == (pytest.approx(-0.4843, abs=1e-3), pytest.approx(4.4843, abs=1e-3))
+        assert analysis.estimate([1.0]).half == float("inf") and analysis.estimate([]) is None
+        assert analysis.standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+
+    def test_interpolation(self):
+        curve = [(0, 4.0), (10, 2.0), (20, 1.5)]
+        assert [analysis.interpolate(curve, step) for step in (0, 5, 10, 18, 20)] == [4.0, 3.0, 2.0, 1.6, 1.5]
+        with pytest.raises(ValueError, match=r"0 to 20.*21"):
+            analysis.interpolate(curve, 21)
+
+    @pytest.mark.parametrize(
+        "mean, half, paper, expected",
+        [
+            (-0.05, 0.01, (0.9, 1.0), HOLDS),
+            (-0.05, 0.06, (0.9, 1.0), CANNOT_TELL),
+            (0.05, 0.01, (0.9, 1.0), DOES_NOT),
+            (0.05, 0.06, (0.9, 1.0), DOES_NOT),  # as much as 0.02, a fifth of theirs, is excluded
+            (-0.01, 0.005, (0.9, 1.0), DOES_NOT),
+            (-0.03, 0.02, (0.9, 1.0), HOLDS),
+            (-0.01, 0.005, None, HOLDS),
+            (0.01, 0.005, None, DOES_NOT),
+            (-0.01, float("inf"), None, CANNOT_TELL),
+        ],
+    )
+    def test_better(self, mean, half, paper, expected):
+        assert analysis.verdict(Estimate(mean, half, 3), 1.0, matches=False, paper=paper) == expected
+
+    @pytest.mark.parametrize(
+        "mean, half, expected", [(0.01, 0.004, HOLDS), (0.02, 0.004, DOES_NOT), (0.01, 0.01, CANNOT_TELL)]
+    )
+    def test_matches(self, mean, half, expected):
+        assert analysis.verdict(Estimate(mean, half, 3), 1.0, matches=True, paper=None) == expected
+
+    def test_equal_steps_flops_and_seconds(self):
+        chain, single = coe(OFFICIAL, 2, 8), moe(OFFICIAL)
+        known = finished({}) | {
+            made.id: line(made, curve)
+            for made, curve in (
+                (Run(SMOKE, chain, 1e-3, 1), [[0, 10.0], [4, 2.0]]),
+                (Run(SMOKE, single, 1e-3, 1), [[0, 10.0], [4, 4.0]]),
+            )
+        }
+        timing = Run(SMOKE, chain.model, 0.0, TUNING_SEED, kind="timing")
+        known[timing.id] = line(timing, [], ratio={"median": 1.6})
+        contrast = Contrast(chain, single)
+        assert Evidence(SMOKE, known).differences(contrast, "seconds") == []  # the other was not timed
+        timing = Run(SMOKE, single.model, 0.0, TUNING_SEED, kind="timing")
+        known[timing.id] = line(timing, [], ratio={"median": 1.0})
+        evidence = Evidence(SMOKE, known)
+        assert evidence.differences(contrast, "steps") == [2.0 - 4.0]
+        assert evidence.differences(contrast, "FLOPs") == [pytest.approx(6.0 - 4.0)]  # twice the FLOPs: at step 2
+        assert evidence.differences(contrast, "seconds") == [pytest.approx(5.0 - 4.0)]  # at step 2.5
+
+    def test_diverged_and_missing_runs_are_no_pairs(self):
+        chain, single = coe(OFFICIAL, 2, 4), moe(OFFICIAL)
+        known = finished({chain: [1.0, 1.1], single: [1.5]})
+        evidence = Evidence(SMOKE, known)
+        assert evidence.compare(Contrast(chain, single)).differences["steps"].count == 1
+        made = Run(SMOKE, single, 1e-3, 2)
+        known[made.id] = line(made, [[0, 6.0], [2, 5.0], [4, None]])
+        comparison = Evidence(SMOKE, known).compare(Contrast(chain, single))
+        assert (comparison.loss, comparison.against) == (1.0, 1.5)
+        assert Evidence(SMOKE, known).losses(single) == [1.5]
+        assert Evidence(SMOKE, {}).compare(Contrast(chain, single)).verdict() == MISSING
+
+
+class TestReport:
+    CHAIN, SINGLE = coe(OFFICIAL, 2, 4), moe(OFFICIAL)
+
+    def written(self, tmp_path: Path, known: dict[str, dict]) -> str:
+        for entry in known.values():
+            results.append(results.path_of("smoke", tmp_path), entry)
+        report.main([f"--results={tmp_path}", f"--output={tmp_path / 'RESULTS.md'}", "--curves=nowhere"])
+        return (tmp_path / "RESULTS.md").read_text()
+
+    def verdict_of(self, text: str, rule: str = OFFICIAL) -> str:
+        rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| CoE-2(4/64) reaches")]
+        return next(row[6] for row in rows if row[2] == rule)
+
+    def test_a_claim_that_holds(self, tmp_path):
+        # The differences vary less than the losses.
+        known = finished({self.CHAIN: [1.000, 1.201], self.SINGLE: [1.100, 1.300], moe(PRENORM): [0.9, 1.1]})
+        text = self.written(tmp_path, known)
+        assert self.verdict_of(text) == "**holds**" and self.verdict_of(text, PRENORM) == "**not run**"
+        assert "-0.0995 ± 0.0064" in text and "1.1211 vs 1.1958 (-6.2%)" in text
+        assert "**Missing: 3 of 16 runs** (figure_3a 2, timing 1)." in text
+        assert "The headline comparison is not finished." in text
+        assert "| CoE-2(4/64) inner | 0.900 / 0.900 | 1.00 / 1.00 | 0.000 / 0.000 | 0.100 (0.063) |" in text
+        assert (tmp_path / "smoke" / "figure_3a.png").stat().st_size > 0
+
+    def test_a_claim_that_does_not(self, tmp_path):
+        losses = {
+            self.CHAIN: [1.1, 1.3],
+            self.SINGLE: [1.0, 1.2],
+            moe(PRENORM): [0.9, 1.1],
+            coe(PRENORM, 2, 4): [0.7, 1.1],
+        }
+        text = self.written(tmp_path, finished(losses))
+        assert self.verdict_of(text) == "**does not**" and self.verdict_of(text, PRENORM) == "**cannot tell**"
+        assert "Missing" not in text and "(does not) under the official residual rule" in text
+        assert "Chosen: 0.001, which lies at the edge of the grid." in text
+        assert "by the fingerprints of their batches" in text
+
+    def test_pairs_that_read_other_tokens_are_named(self, tmp_path):
+        known = finished({self.CHAIN: [1.0], self.SINGLE: [1.1]})
+        known[Run(SMOKE, self.CHAIN, 1e-3, 1).id]["order_fingerprint"] = "other"
+        assert (
+            "**Not the same tokens in the same order**: CoE-2(4/64) inner and MoE(8/64) inner, seed 1"
+            in self.written(tmp_path, known)
+        )
+
+    def test_arithmetic_of_the_paper(self):
+        for arm, millions in report.PAPER_PARAMETERS.items():
+            config = report.paper_config(arm)
+            counted = (config.total_parameters - config.embedding_parameters) / 2**20
+            assert counted == pytest.approx(millions, abs=0.02)
+        for arm, gigabytes in report.PAPER_MEMORY.items():
+            assert report.memory_bytes(arm) / 2**30 == pytest.approx(gigabytes, abs=0.08)
+        text = "\n".join(report.arithmetic())
+        assert "| -17.7% |" in text and "| -42.2% |" in text
+        assert comb(64, 4) ** 2 / comb(64, 8) == pytest.approx(91.2, abs=0.05) and "| 91.2x |" in text
+
+
+@pytest.fixture(scope="module")
+def few_texts():
+    """Makes tokenizers from few texts, on one thread."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.pretrain, "TOKENIZER_EXAMPLES", 200)
+        yield
+    torch.set_num_threads(threads)
+
+
+class TestWorker:
+    def lines(self, folder: Path, *runs: Run) -> dict[str, dict]:
+        for made in runs:
+            worker.main([f"--scale={made.scale.name}", f"--run={made.to_json()}", f"--results={folder}"])
+        return results.load(results.path_of("smoke", folder))
+
+    def test_a_run_from_scratch_is_the_same_again(self, few_texts, tmp_path):
+        chain, single = Run(SMOKE, coe(OFFICIAL, 2, 4), 1e-3, 1), Run(SMOKE, moe(PRENORM), 1e-3, 1)
+        first = self.lines(tmp_path / "first", chain, single)
+        second = self.lines(tmp_path / "second", chain)
+        assert results.differing_figures(first, second) == {chain.id: []}
+        assert first[chain.id]["order_fingerprint"] == first[single.id]["order_fingerprint"]
+        found, config = first[chain.id], config_of(chain)
+        assert [step for step, _ in found["held_out"]["numbers"]] == [0, 2, 4]
+        assert [step for step, _ in found["held_out"]["templates"]] == [4]
+        assert len(found["training"]) == 4 and found["training_tokens"] == 4 * 2 * 32
+        assert found["parameters"] == found["non_embedding_parameters"] + 2 * 300 * 16
+        assert found["expert_flops_per_token"] == config.expert_flops_per_token == 2 * 3 * 16 * 11 * 2 * (4 + 1)
+        assert len(found["routing"][0]["iterations"]) == 2 and 0 <= found["routing"][0]["transitions"][0]["reuse"] <= 1
+        assert found["peak_memory"] > 0 and found["cpu_seconds_per_step"]["median"] > 0
+        assert json.loads(json.dumps(found)) == found and len(json.dumps(found)) < 5000
+        second[chain.id]["routing"] = []
+        assert results.differing_figures(first, second) == {chain.id: ["routing"]}
+
+    def test_timing(self, few_texts, tmp_path):
+        made = Run(SMOKE, coe(PRENORM, 2, 4, variant="renorm"), 0.0, TUNING_SEED, kind="timing")
+        found = self.lines(tmp_path, made)[made.id]
+        assert found["ratio"]["min"] > 0 and len(found["seconds_per_step"]["reference"]) == SMOKE.timed_steps
+
+    def test_the_runner_starts_it(self, tmp_path):
+        args = run.parse_arguments(["--scale=smoke", f"--results={tmp_path}", "--nice=0"])
+        made = Run(SMOKE, dense(PRENORM, 2), 1e-3, 1)
+        with run.only_runner(tmp_path / "smoke") as lock:
+            assert run.Processes(args, lock).execute(made) is None
+        assert list(results.load(results.path_of("smoke", tmp_path))) == [made.id]
+
+
+class TestResults:
+    def test_a_line_that_was_cut_short_costs_only_itself(self, tmp_path):
+        path = tmp_path / "new" / "runs.jsonl"
+        assert results.load(path) == {}
+        results.append(path, {"id": "a", "loss": float("nan")})
+        with open(path, "a") as file:
+            file.write('{"id": "b", "lo')
+        results.append(path, {"id": "c"})
+        results.append(path, {"id": "a", "loss": 1.0})
+        assert results.load(path) == {"a": {"id": "a", "loss": None}, "c": {"id": "c"}}
+
+
+FAKE_WORKER = """
+import argparse, os, pathlib, sys, time
+from benchmarks.paper import results
+from benchmarks.paper.runs import SCALES, Run
+
+parser = argparse.ArgumentParser()
+for name in ("scale", "run", "results", "data-root", "threads", "nice"):
+    parser.add_argument("--" + name)
+args = parser.parse_args()
+run = Run.from_json(SCALES[args.scale], args.run)
+time.sleep(float(os.environ.get("FAKE_SECONDS", 0.1)))
+if run.label == os.environ.get("FAKE_FAILURE"):
+    sys.exit("cannot do this one")
+path = results.path_of(args.scale, pathlib.Path(args.results))
+curve = [[0, 6.0], [run.scale.steps, 1 + run.lr]]
+line = {"id": run.id, "split": "numbers", "held_out": {"numbers": curve}, "settings": run.settings, "seconds": 0.1}
+results.append(path, line)
+"""
+START_RUNNER = (
+    "import sys; from benchmarks.paper import run; run.Processes.module = 'fake_worker'; run.main(sys.argv[1:])"
+)
+
+
+class TestRunner:
+    """With a worker that only writes its line."""
+
+    @pytest.fixture
+    def runner(self, tmp_path):
+        (tmp_path / "fake_worker.py").write_text(FAKE_WORKER)
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        started = []
+
+        def start(*options: str, **variables: str) -> subprocess.Popen:
+            command = [sys.executable, "-c", START_RUNNER, "--scale=smoke", f"--results={tmp_path}", *options]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            started.append(subprocess.Popen(command, env=environment | variables, **streams))
+            return started[-1]
+
+        yield start
+        for process in started:
+            process.kill()
+            process.communicate()
+
+    def ids(self, folder: Path) -> list[str]:
+        path = results.path_of("smoke", folder)
+        return [json.loads(text)["id"] for text in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def test_nothing_is_lost_or_repeated_when_it_is_killed(self, runner, tmp_path):
+        killed = runner()
+        self.wait_for(lambda: len(self.ids(tmp_path)) >= 3)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        before = self.ids(tmp_path)
+        output, _ = (again := runner()).communicate(timeout=120)
+        assert again.returncode == 0, output
+        after, known = self.ids(tmp_path), results.load(results.path_of("smoke", tmp_path))
+        stages, complete = plan(SMOKE, known)
+        assert complete and after[: len(before)] == before and len(set(after)) == len(after)
+        assert set(after) == {made.id for stage in stages.values() for made in stage}
+        assert {made.lr for made in stages["figure_3a"]} == {1e-3}
+        output, _ = (third := runner()).communicate(timeout=120)
+        assert third.returncode == 0 and self.ids(tmp_path) == after
+
+    def test_a_run_that_fails_is_reported_and_made_again(self, runner, tmp_path):
+        failing = Run(SMOKE, coe(PRENORM, 2, 4), 1e-3, 2)
+        output, _ = (first := runner(FAKE_FAILURE=failing.label)).communicate(timeout=120)
+        assert first.returncode == 1 and "cannot do this one" in output and "1 runs are missing" in output
+        assert failing.id not in (before := self.ids(tmp_path))
+        output, _ = (second := runner()).communicate(timeout=120)
+        assert second.returncode == 0 and self.ids(tmp_path) == [*before, failing.id]
+
+    def test_it_ends_its_runs_when_it_is_asked_to_end(self, runner, tmp_path):
+        process = runner(FAKE_SECONDS="600")
+        self.wait_for(lambda: (tmp_path / "smoke").exists())
+        time.sleep(1.0)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        with run.only_runner(tmp_path / "smoke"):  # would wait for a run that is left
+            assert self.ids(tmp_path) == []
+
+    def test_time_and_data_that_are_missing(self, runner, tmp_path):
+        output, _ = (process := runner("--minutes=0")).communicate(timeout=120)
+        assert process.returncode == 1 and "the time is up" in output and self.ids(tmp_path) == []
+        output, _ = runner("--only=second_data", "--seeds=1", f"--data-root={tmp_path}").communicate(timeout=120)
+        assert f"not begun: MoE(8/64) inner, gsm8k, lr 0.001, seed 1: {tmp_path}/gsm8k/train.parquet" in output
+
+    def test_dry_run(self, tmp_path, capsys):
+        run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run"])
+        output = capsys.readouterr().out
+        assert "240 of 240 runs to go" in output and "MoE(24/64) prenorm, arithmetic, lr 0.004, seed 3" in output
+        known = finished({moe(OFFICIAL): [1.0, 1.0]}, scale=CPU)
+        for entry in known.values():
+            results.append(results.path_of("cpu", tmp_path), entry)
+        run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run", "--only", "figure_5", "--seeds", "1"])
+        output = capsys.readouterr().out
+        assert "finished  MoE(8/64) inner, arithmetic, lr 0.001, seed 1" in output
+        assert FIGURE_5.title in output
