@@ -13,7 +13,7 @@
 # limitations under the License.
 """Losses that keep the routers of a Chain-of-Experts model balanced: pure functions of what one router call returned.
 
-T = batch * length tokens, N experts, K chosen per token.
+T = batch * length tokens, N experts, K chosen per token. A row of the batch is one sequence, or several in packing.
 """
 
 import torch
@@ -35,6 +35,21 @@ def router_scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tenso
     return router_logits.softmax(dim=-1) if scoring_func == "softmax" else router_logits.sigmoid()
 
 
+def packed_sequences(position_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Numbers the sequences of a batch whose rows may hold several: one begins with every row, and wherever positions
+    do not go on by one. transformers finds them in the same way for its attention masks.
+
+    Args:
+        position_ids (`torch.Tensor`): (batch, length) or (1, length), int64.
+        batch_size (`int`): Number of rows.
+
+    Returns:
+        `torch.Tensor`: (batch, length), int64, from 0 to at most T - 1; no number is in two rows.
+    """
+    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).expand(batch_size, -1)
+    return starts.flatten().cumsum(dim=0).sub(1).view_as(starts)
+
+
 def load_balancing_loss(
     router_logits: torch.Tensor,
     router_indices: torch.Tensor,
@@ -43,6 +58,7 @@ def load_balancing_loss(
     scoring_func: str = "softmax",
     seq_aux: bool = True,
     token_mask: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Load-balancing loss of one router call, without its coefficient.
 
@@ -54,11 +70,13 @@ def load_balancing_loss(
     Args:
         router_logits (`torch.Tensor`): Raw router outputs, (T, N), fp32 or wider.
         router_indices (`torch.Tensor`): Experts chosen, (T, K), int64.
-        batch_size (`int`): Number of sequences in the T tokens, which are ordered sequence by sequence.
+        batch_size (`int`): Number of rows in the T tokens, which are ordered row by row.
         scoring_func (`str`, defaults to `"softmax"`): Scoring function of the router.
         seq_aux (`bool`, defaults to `True`): Balance within each sequence instead of over the batch.
         token_mask (`torch.Tensor`, *optional*): (batch, length), true for tokens that count. Sequences without such
             a token count nowhere.
+        sequence_ids (`torch.Tensor`, *optional*): (batch, length), the sequence that each token belongs to, from 0 to
+            T - 1, where rows hold several. Without it every row is one.
 
     Returns:
         `torch.Tensor`: Scalar of the dtype of `router_logits`.
@@ -70,16 +88,19 @@ def load_balancing_loss(
     chosen = torch.zeros_like(scores).scatter(-1, router_indices, 1.0)
 
     num_groups = batch_size if seq_aux else 1
-    scores = scores.view(num_groups, -1, num_experts)
-    chosen = chosen.view(num_groups, -1, num_experts)
-    if token_mask is None:
-        share_chosen = chosen.mean(dim=1) * (num_experts / top_k)
-        return (share_chosen * scores.mean(dim=1)).sum(dim=-1).mean()
+    if token_mask is None and sequence_ids is None:
+        share_chosen = chosen.view(num_groups, -1, num_experts).mean(dim=1) * (num_experts / top_k)
+        return (share_chosen * scores.view(num_groups, -1, num_experts).mean(dim=1)).sum(dim=-1).mean()
 
-    mask = token_mask.reshape(num_groups, -1, 1).to(scores)
-    length = mask.sum(dim=1)  # (groups, 1)
-    share_chosen = (chosen * mask).sum(dim=1) / length.clamp(min=1) * (num_experts / top_k)
-    mean_scores = (scores * mask).sum(dim=1) / length.clamp(min=1)
+    def sum_by_group(values: torch.Tensor) -> torch.Tensor:  # (T, width) to (groups, width)
+        if seq_aux and sequence_ids is not None:  # as many groups as there are tokens, of which the last are empty
+            return torch.zeros_like(values).index_add(0, sequence_ids.flatten(), values)
+        return values.view(num_groups, -1, values.shape[-1]).sum(dim=1)
+
+    mask = scores.new_ones(len(scores), 1) if token_mask is None else token_mask.reshape(-1, 1).to(scores)
+    length = sum_by_group(mask)
+    share_chosen = sum_by_group(chosen * mask) / length.clamp(min=1) * (num_experts / top_k)
+    mean_scores = sum_by_group(scores * mask) / length.clamp(min=1)
     return (share_chosen * mean_scores).sum() / (length > 0).sum().clamp(min=1)
 
 
@@ -108,6 +129,7 @@ def balancing_losses(
     *,
     batch_size: int,
     token_mask: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sums the losses above over all router calls: every iteration of every sparse layer.
 
@@ -116,8 +138,10 @@ def balancing_losses(
             devices.
         router_indices (`tuple[torch.Tensor, ...]`): One (T, K) tensor per router call.
         config (`CoeConfig`): Gives the scoring function, the kind of balance and whether a z-loss is wanted.
-        batch_size (`int`): Number of sequences in the T tokens.
+        batch_size (`int`): Number of rows in the T tokens.
         token_mask (`torch.Tensor`, *optional*): (batch, length), true for tokens that count.
+        sequence_ids (`torch.Tensor`, *optional*): (batch, length), the sequence that each token belongs to, where rows
+            hold several.
 
     Returns:
         The load-balancing loss and the router z-loss, scalars without their coefficients on the last call's device;
@@ -128,6 +152,7 @@ def balancing_losses(
     z_loss = torch.zeros((), device=device) if config.router_z_loss_coef else None
     for logits, indices in zip(router_logits, router_indices, strict=True):
         mask = None if token_mask is None else token_mask.to(logits.device)
+        ids = None if sequence_ids is None else sequence_ids.to(logits.device)
         call_loss = load_balancing_loss(
             logits,
             indices,
@@ -135,6 +160,7 @@ def balancing_losses(
             scoring_func=config.scoring_func,
             seq_aux=config.seq_aux,
             token_mask=mask,
+            sequence_ids=ids,
         )
         aux_loss = aux_loss + call_loss.to(device)
         if z_loss is not None:

@@ -24,7 +24,7 @@ Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R row
 import functools
 import mmap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,9 @@ def grouped_mm_experts_forward(
     if weights is None:
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
         if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
+            if not torch.compiler.is_compiling() and type(gate_up_proj).__module__.startswith("torchao."):
+                # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
+                return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         weights = ExpertWeights(gate_up_proj, down_proj)
         if self.is_sharing_weights and torch.is_grad_enabled():
@@ -89,23 +92,36 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
 def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
 
-    Steps aside, leaving every call on its own, where nothing is gained (no gradient) or where the weights come and go
-    with every call: experts that are a unit of FSDP or of ZeRO-3 themselves, or wrapped, as PEFT wraps them.
+    PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here that
+    happens once for all calls, with gradients and without.
+
+    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter) or where the
+    weights come and go with every call: experts that are a unit of FSDP or of ZeRO-3 themselves.
     """
+    wrappers = []
+    while hasattr(experts, "_activate_lora"):
+        wrappers.append(experts)
+        experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or isinstance(experts, FSDPModule)
-        or not torch.is_grad_enabled()
+        or any(isinstance(module, FSDPModule) for module in (*wrappers, experts))
+        or not (wrappers or torch.is_grad_enabled())
         or torch.compiler.is_compiling()
         or is_deepspeed_zero3_enabled()
     ):
         yield
         return
-    experts.is_sharing_weights = True
-    try:
-        yield
-    finally:
-        experts.is_sharing_weights, experts.shared_weights = False, None
+    with ExitStack() as stack:
+        for wrapper in wrappers:
+            if not wrapper.merged and not wrapper.disable_adapters:
+                stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
+                wrapper._disable_adapters = True  # its own forward would add them again
+                stack.callback(setattr, wrapper, "_disable_adapters", False)
+        experts.is_sharing_weights = True
+        try:
+            yield
+        finally:
+            experts.is_sharing_weights, experts.shared_weights = False, None
 
 
 class _Rows(NamedTuple):

@@ -63,7 +63,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .backbones import BACKBONES
-from .balancing import balancing_losses, label_token_share, router_scores
+from .balancing import balancing_losses, label_token_share, packed_sequences, router_scores
 from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
@@ -437,11 +437,6 @@ class CoeModel(CoePreTrainedModel):
             raise ValueError("You must pass exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
 
         # One mask per kind of layer where the backbone has kinds; `generate` may have made them already.
         masks = attention_mask
@@ -449,6 +444,12 @@ class CoeModel(CoePreTrainedModel):
             masks = create_masks_for_generate(
                 self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
             )
+        # After the masks, which keep packed sequences (told by the caller's positions) apart only without a cache.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -584,6 +585,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
                 self.config,
                 batch_size=batch_size,
                 token_mask=_token_mask(attention_mask, length),
+                sequence_ids=None if position_ids is None else packed_sequences(position_ids, batch_size),
             )
         if labels is not None:
             if labels.shape != logits.shape[:-1]:

@@ -123,14 +123,13 @@ def int8_weight_only() -> TorchAoConfig:
     The output head, embeddings, norms and routers keep their dtype. To be used as `quantization_config`:
 
     ```python
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=int8_weight_only(), experts_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=int8_weight_only())
     ```
 
-    `"eager"` is the experts implementation that multiplies with one expert's weight at a time, which is what torchao's
-    tensors can do. `save_pretrained` and `from_pretrained` keep the 8 bits, in the fused layout. This saves memory and
-    not time: on the CPU, weights are widened whenever they are used.
+    On the CPU the default experts implementation then multiplies with one expert's weight at a time, which is what
+    torchao's tensors can do; elsewhere `experts_implementation="eager"` does. `save_pretrained` and `from_pretrained`
+    keep the 8 bits, in the fused layout. This saves memory and not time: on the CPU, weights are widened whenever they
+    are used.
 
     Raises:
         ImportError: torchao is not installed.

@@ -275,6 +275,68 @@ def test_gradients_are_those_of_the_weights(backend, mode):
             wrapper = wrapper.base_layer
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("mode", "passes"), [("train", 1), ("checkpointed", 2), ("no_grad", 1)])
+def test_adapters_are_added_once_for_all_iterations(monkeypatch, iterations, mode, passes):
+    model = adapted({"inner_iter": iterations}).train()
+    wrappers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.layer.ParamWrapper)]
+    added = []
+
+    def get_delta_factors(self, *args):
+        added.append(self)
+        return original(self, *args)
+
+    original = peft.tuners.lora.layer.ParamWrapper.get_delta_factors
+    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "get_delta_factors", get_delta_factors)
+    if mode == "checkpointed":
+        model.get_base_model().activation_checkpointing_enable()
+    input_ids = random_ids(1, 5)
+    with torch.no_grad() if mode == "no_grad" else contextlib.nullcontext():
+        loss = model(input_ids, labels=input_ids).loss
+    if mode != "no_grad":
+        loss.backward()
+    assert len(wrappers) == 2 * 2 and len(added) == passes * len(wrappers)
+    assert set(added) == set(wrappers)
+    assert not any(hasattr(wrapper.get_base_layer(), "parametrizations") for wrapper in wrappers)
+    assert not any(wrapper.disable_adapters for wrapper in wrappers)
+
+
+@torch.no_grad()
+def test_adapters_that_are_off_merged_or_several():
+    overrides = {"inner_iter": 3, "initializer_range": 0.05}
+    model = adapted(overrides).eval()
+    input_ids = random_ids(2, 9)
+    first = model(input_ids).logits
+    with model.disable_adapter():
+        plain = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **overrides)(input_ids).logits
+        torch.testing.assert_close(model(input_ids).logits, plain)
+    torch.testing.assert_close(model(input_ids).logits, first)
+
+    torch.manual_seed(5)
+    base = model.get_base_model()
+    model.add_adapter("second", lora_config(base, r=3, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    both = model(input_ids).logits
+    model.merge_adapter(["default"])  # the other one is left out then, as PEFT does it
+    torch.testing.assert_close(model(input_ids).logits, first, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(input_ids).logits, both, atol=1e-4, rtol=1e-4)
+    model.merge_adapter(["default", "second"])
+    torch.testing.assert_close(model(input_ids).logits, both, atol=1e-4, rtol=1e-4)
+
+
+def test_an_error_in_the_chain_leaves_the_weights_as_they_were(monkeypatch):
+    model = adapted().eval()
+    layer = model.get_base_model().model.layers[1]
+    input_ids = random_ids(1, 5)
+    expected = model(input_ids).logits
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(layer, "next_input", lambda *_: 1 / 0)
+        model(input_ids)
+    assert not hasattr(layer.mlp.experts.get_base_layer(), "parametrizations")
+    torch.testing.assert_close(model(input_ids).logits, expected)
+
+
 def test_training_goes_on_under_checkpointing():
     losses = []
     for checkpointing in (False, True):

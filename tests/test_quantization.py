@@ -15,8 +15,8 @@ from modeling_coe.quantization import ROUTED_EXPERTS, int8_weight_only, quantiza
 from .helpers import random_ids, tiny_model
 
 
-# The others transpose or batch the weights, which torchao's int8 tensors do not support.
-INT8_BACKENDS = ("eager",)
+# The others transpose or batch the weights themselves, which torchao's int8 tensors do not support.
+INT8_BACKENDS = ("eager", "grouped_mm")
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
