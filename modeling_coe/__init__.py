@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
+from .lora import lora_config
 from .modeling_coe import (
     CoeForCausalLM,
     CoeForQuestionAnswering,
@@ -26,6 +27,7 @@ from .modeling_coe import (
     CoeModel,
     CoePreTrainedModel,
 )
+from .quantization import quantization_report
 
 
 AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
@@ -72,4 +74,6 @@ __all__ = [
     "CoeForTokenClassification",
     "CoeModel",
     "CoePreTrainedModel",
+    "lora_config",
+    "quantization_report",
 ]
