@@ -188,9 +188,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Held-out losses of the mixture before conversion, and of every run after it."""
+    """Held-out losses of the mixture before conversion, and of every run after it. Every seed holds out problems of
+    its own, so that curves of two seeds begin at different heights."""
     splits = list(results["summary"])
-    figure = Figure(figsize=(5.5 * len(splits), 4.2))
+    figure = Figure(figsize=(5.5 * len(splits), 4.2), layout="constrained")
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
         source = results["curves"]["source"][split]
         end = source[-1][0]
@@ -201,7 +202,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 label = mode if index == 0 else None
                 axes.plot([end + step for step in steps], losses, color=color, linewidth=1, alpha=0.8, label=label)
         axes.axvline(end, color="0.8", linewidth=1)
-        axes.set(xlabel="step", ylabel="held-out cross-entropy", title=split, yscale="log")
+        axes.set(xlabel="step", ylabel="held-out cross-entropy", title=split)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     any_run = runs["split"][args.seeds[0]]
     results = {
         "seeds": args.seeds,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("work", "output", "jobs")},
         "parameters": source["parameters"],
         "expert_flops_per_token": AutoConfig.from_pretrained(converted["split"]).expert_flops_per_token,
         "source_tokens": source["training_tokens"],
