@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from .modeling_coe import CoeModel, CoeModelOutputWithPast, CoeRouter
+from .modeling_coe import CoeModel, CoeModelOutputWithPast, CoeRouter, _token_mask
 
 
 class BiasBalancer:
@@ -119,10 +119,8 @@ class BiasBalancer:
         if not self._is_training_pass(model):
             return
         batch_size, length = output.last_hidden_state.shape[:2]
-        tokens = torch.ones(batch_size, length, dtype=torch.int64)
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            tokens = mask[:, -length:].ne(0).long()
+        mask = _token_mask(kwargs.get("attention_mask"), length)
+        tokens = torch.ones(batch_size, length, dtype=torch.int64) if mask is None else mask.ne(0).long()
         for row, indices in zip(self._router_of_call, output.router_indices, strict=True):
             counts = torch.zeros(self.counts.shape[-1], dtype=torch.int64, device=indices.device)
             counts.scatter_add_(

@@ -1,9 +1,16 @@
 """Tiny models that the tests share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 
+
+ROOT = Path(__file__).resolve().parents[1]
 
 EXPERTS_BACKENDS = ("eager", "batched_mm", "grouped_mm", "torch_grouped_mm")
 
@@ -50,3 +57,18 @@ def tiny_model(seed: int = 0, **overrides) -> CoeForCausalLM:
 def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     """Token ids without the special ones (0 to 2)."""
     return torch.randint(3, vocab_size, shape)
+
+
+def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """Runs a module of the tests in two processes of one thread each, on loopback."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *("-m", module, *map(str, arguments)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

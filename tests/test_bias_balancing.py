@@ -1,10 +1,5 @@
 """Selection biases that move against the load (`BiasBalancer` and its callback), counted by hand."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -12,10 +7,9 @@ from transformers import Trainer, TrainingArguments
 from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import BiasBalancer, BiasBalancingCallback
 
-from .helpers import random_ids, tiny_config, tiny_model
+from .helpers import random_ids, tiny_config, tiny_model, torchrun
 
 
-ROOT = Path(__file__).resolve().parents[1]
 AUX_FREE = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "aux_loss_alpha": 0.0}
 LENGTH = 8
 
@@ -258,18 +252,8 @@ def test_two_processes_equal_one(tmp_path):
     data, model = examples(24), aux_free_model()
     model.save_pretrained(tmp_path / "model")
     torch.save(data, tmp_path / "data.pt")
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.bias_worker", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.pt")),
-            *("--output", str(tmp_path), "--batch-size", "2"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    paths = ("--model", tmp_path / "model", "--data", tmp_path / "data.pt", "--output", tmp_path)
+    run = torchrun("tests.bias_worker", *paths, "--batch-size", 2)
     assert run.returncode == 0, run.stdout + run.stderr
     expected = expected_biases(model, data, batch=8)
     for rank in range(2):

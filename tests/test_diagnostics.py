@@ -3,9 +3,7 @@ real training runs; pictures read back; the command from the shell."""
 
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,10 +27,7 @@ from modeling_coe.diagnostics import (
 from modeling_coe.plots import plot_load, plot_training, plot_transitions
 
 from .diagnostics_worker import MIXED, trainer
-from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model
-
-
-ROOT = Path(__file__).resolve().parents[1]
+from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model, torchrun
 
 
 # ---- The same by plain counting -------------------------------------------------------------------------------------
@@ -520,17 +515,7 @@ def test_callback_does_not_warn_of_few_tokens(tmp_path, caplog):
 
 
 def test_two_ranks_reduce_to_the_figures_of_one_process(tmp_path):
-    worker = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.diagnostics_worker", str(tmp_path)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    worker = torchrun("tests.diagnostics_worker", tmp_path)
     assert worker.returncode == 0, worker.stdout + worker.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -1,32 +1,17 @@
 """Two processes on loopback (torchrun, gloo): tensor, expert and sharded data parallel equal a single process."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .helpers import EXPERTS_BACKENDS, tiny_model
+from .helpers import EXPERTS_BACKENDS, tiny_model, torchrun
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def torchrun(folder: Path, layout: str, backends: tuple[str, ...]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.distributed_worker", "--model", str(folder / "model"), "--save", str(folder / "saved")),
-            *("--layout", layout, "--backends", *backends),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_layout(folder: Path, layout: str, backends: tuple[str, ...]) -> subprocess.CompletedProcess:
+    paths = ("--model", folder / "model", "--save", folder / "saved")
+    return torchrun("tests.distributed_worker", *paths, "--layout", layout, "--backends", *backends)
 
 
 @pytest.mark.parametrize("layout", ["tensor parallel", "expert parallel", "sharded data and expert parallel"])
@@ -34,7 +19,7 @@ def test_equals_one_process(tmp_path, layout):
     # Equal lengths, so that the mean of two half batches is the mean of the batch; large aux loss, so that it counts.
     model = tiny_model(aux_loss_alpha=0.5, inner_iter=2, first_k_dense_replace=1, num_hidden_layers=3)
     model.save_pretrained(tmp_path / "model")
-    run = torchrun(tmp_path, layout, EXPERTS_BACKENDS)
+    run = run_layout(tmp_path, layout, EXPERTS_BACKENDS)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
     assert report == {"layout": layout, "backends": list(EXPERTS_BACKENDS)}
@@ -42,6 +27,6 @@ def test_equals_one_process(tmp_path, layout):
 
 def test_experts_that_do_not_divide_are_refused(tmp_path):
     tiny_model(n_routed_experts=7).save_pretrained(tmp_path / "model")
-    run = torchrun(tmp_path, "expert parallel", ("grouped_mm",))
+    run = run_layout(tmp_path, "expert parallel", ("grouped_mm",))
     assert run.returncode != 0
     assert "Cannot evenly shard 7 experts across 2 expert-parallel ranks" in run.stderr
