@@ -400,7 +400,6 @@ def test_state_dict_of_either_layout_loads_in_place(tmp_path):
         assert_same_tensors(saved, model)
 
 
-@pytest.mark.filterwarnings("default::FutureWarning")  # PEFT reads a deprecated property of transformers
 def test_adapter_folder_loads_through_the_auto_class(tmp_path):
     from peft import LoraConfig, get_peft_model
 

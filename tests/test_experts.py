@@ -665,7 +665,6 @@ class TestStepsAside:
             assert_close(results(experts, calls, experts.parameters()), expected, 1e-10)
             assert experts.shared_weights is None
 
-    @pytest.mark.filterwarnings("ignore::FutureWarning:peft", "ignore:.*is_gradient_checkpointing.*:FutureWarning")
     def test_lora_on_the_fused_weights(self):
         peft = pytest.importorskip("peft")
         parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -16,10 +16,7 @@ from .helpers import EXPERTS_BACKENDS, random_ids, tiny_config, tiny_model
 
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings(
-    "default::FutureWarning",  # PEFT reads a deprecated property of transformers
-    "error:.*rank_pattern:RuntimeWarning",
-)
+pytestmark = pytest.mark.filterwarnings("error:.*rank_pattern:RuntimeWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPED_QUERIES = {"num_key_value_heads": 2, "head_dim": 16}

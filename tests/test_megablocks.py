@@ -318,7 +318,6 @@ class TestModel:
         model.set_experts_implementation("megablocks")
         assert_same_training_step(loss_and_gradients(model, input_ids), expected)
 
-    @pytest.mark.filterwarnings("default::FutureWarning")  # PEFT reads a deprecated property of transformers
     def test_lora_on_expert_parameters_and_after_merge(self):
         config = LoraConfig(
             r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -210,8 +210,6 @@ def test_snippets_run(tmp_path, monkeypatch):
         assert torch.equal(names["model"](input_ids).logits, model(input_ids).logits)
 
 
-# What PEFT asks the model is deprecated in transformers.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_snippet_of_an_adapter_runs(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
@@ -328,7 +326,6 @@ class TestSavedModels:
         tiny_model().save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
-    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
     def test_adapters_are_left_to_peft(self, tmp_path):
         peft = pytest.importorskip("peft")
         model = tiny_model()

@@ -1,6 +1,5 @@
 """`examples/pretrain.py` and its built-in data: what is generated, packed, reported and refused, and resuming."""
 
-import importlib
 import json
 import operator
 import os
@@ -12,15 +11,20 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import answers
+import arithmetic
+import corpus
+import pretrain
 import pytest
+import report
+import run_folder
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .helpers import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-arithmetic = importlib.import_module("arithmetic")
-pretrain = importlib.import_module("pretrain")
+
+EXAMPLES = ROOT / "examples"
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 TEMPLATES = arithmetic.TRAINING_TEMPLATES + arithmetic.HELD_OUT_TEMPLATES
@@ -37,7 +41,7 @@ def problems(split: str, count: int, seed: int = 0) -> list:
 
 
 def pairs(count: int) -> list:
-    return [pretrain.Example(problem.question, problem.answer) for problem in problems("train", count)]
+    return [corpus.Example(problem.question, problem.answer) for problem in problems("train", count)]
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -48,7 +52,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return pretrain.train_tokenizer(pairs(200), 400)
+    return corpus.train_tokenizer(pairs(200), 400)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ class TestArithmetic:
 
 class TestData:
     def test_packing_joins_and_cuts(self, tokenizer):
-        blocks = pretrain.pack(pairs(20), tokenizer, block_size=32, max_blocks=10_000)
+        blocks = corpus.pack(pairs(20), tokenizer, block_size=32, max_blocks=10_000)
         expected = []
         for prompt, answer in pairs(20):
             expected += tokenizer(prompt + "\n")["input_ids"] + tokenizer(answer)["input_ids"]
@@ -121,13 +125,13 @@ class TestData:
         assert blocks.flatten().tolist() == expected[: blocks.numel()]
 
     def test_packing_stops_when_it_has_enough(self, tokenizer):
-        endless = pretrain.ArithmeticExamples(0, "train")
-        blocks = pretrain.pack(endless, tokenizer, block_size=16, max_blocks=5)
+        endless = corpus.ArithmeticExamples(0, "train")
+        blocks = corpus.pack(endless, tokenizer, block_size=16, max_blocks=5)
         assert blocks.shape == (5, 16)
-        assert torch.equal(blocks, pretrain.pack(endless, tokenizer, block_size=16, max_blocks=50)[:5])
+        assert torch.equal(blocks, corpus.pack(endless, tokenizer, block_size=16, max_blocks=50)[:5])
 
     def test_packing_too_little(self, tokenizer):
-        assert pretrain.pack(pairs(1), tokenizer, block_size=4096, max_blocks=5).shape == (0, 4096)
+        assert corpus.pack(pairs(1), tokenizer, block_size=4096, max_blocks=5).shape == (0, 4096)
 
     def test_trained_tokenizer(self, tokenizer, tmp_path):
         tokenizer.save_pretrained(tmp_path)
@@ -143,22 +147,22 @@ class TestData:
         write_rows(tmp_path / "train.jsonl", 5)
         write_rows(tmp_path / "test.jsonl", 2)
         argv = ["--output-dir", str(tmp_path / "run"), "--data", str(tmp_path), "--eval-data", str(tmp_path)]
-        corpus = pretrain.load_corpus(pretrain.parse_arguments(argv))
-        assert sorted(corpus.train) == sorted(pairs(5))
-        assert corpus.held_out == {"held_out": pairs(2)}
+        texts = corpus.load_corpus(pretrain.parse_arguments(argv))
+        assert sorted(texts.train) == sorted(pairs(5))
+        assert texts.held_out == {"held_out": pairs(2)}
 
     def test_held_out_part_of_a_file(self, data):
         argv = ["--output-dir", "run", "--data", str(data), "--eval-fraction", "0.25"]
-        corpus = pretrain.load_corpus(pretrain.parse_arguments(argv))
-        assert len(corpus.held_out["held_out"]) == 3
-        assert sorted(corpus.train + corpus.held_out["held_out"]) == sorted(pairs(12))
-        assert pretrain.load_corpus(pretrain.parse_arguments(argv)) == corpus
+        texts = corpus.load_corpus(pretrain.parse_arguments(argv))
+        assert len(texts.held_out["held_out"]) == 3
+        assert sorted(texts.train + texts.held_out["held_out"]) == sorted(pairs(12))
+        assert corpus.load_corpus(pretrain.parse_arguments(argv)) == texts
 
     def test_unigram_loss(self):
         train, held_out = torch.tensor([[0, 1, 1, 3]]), torch.tensor([[3, 1, 2], [0, 0, 1]])
         # counts with one added: 2, 3, 1, 2 of 8; targets: 1, 2, 0, 1
         expected = -(torch.tensor([3, 1, 2, 3]) / 8).log().mean().item()
-        assert pretrain.unigram_loss(train, held_out, vocab_size=4) == pytest.approx(expected)
+        assert report.unigram_loss(train, held_out, vocab_size=4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +178,14 @@ class TestData:
     ],
 )
 def test_final_answer(text, answer):
-    assert pretrain.final_answer(text) == answer
+    assert answers.final_answer(text) == answer
 
 
 def test_exact_match():
-    examples = [pretrain.Example("", "#### 1"), pretrain.Example("", "#### 1,000")]
-    assert pretrain.exact_match(examples, ["so\n#### 1", "#### 1000"]) == 1.0
-    assert pretrain.exact_match(examples, ["1", "#### 1000"]) == 0.5
-    assert pretrain.exact_match([pretrain.Example("", "no mark")], ["no mark"]) is None
+    examples = [corpus.Example("", "#### 1"), corpus.Example("", "#### 1,000")]
+    assert answers.exact_match(examples, ["so\n#### 1", "#### 1000"]) == 1.0
+    assert answers.exact_match(examples, ["1", "#### 1000"]) == 0.5
+    assert answers.exact_match([corpus.Example("", "no mark")], ["no mark"]) is None
 
 
 def write_checkpoint(output_dir: Path, step: int, state: str = '{"global_step": %d}', without: str = "") -> Path:
@@ -209,15 +213,15 @@ class TestCheckpoints:
             tmp_path / "model" / ".abc.partial",
         ]
         halves[-1].mkdir(parents=True)
-        assert pretrain.newest_complete_checkpoint(tmp_path) == newest
+        assert run_folder.newest_complete_checkpoint(tmp_path) == newest
         printed = capsys.readouterr().out
         for half in halves:
             assert not half.exists() and half.name in printed
-        assert [path.name for path in pretrain.checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (2, 9, 10)]
+        assert [path.name for path in run_folder.checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (2, 9, 10)]
 
     def test_none_is_complete(self, tmp_path):
         write_checkpoint(tmp_path, 2, state="")
-        assert pretrain.newest_complete_checkpoint(tmp_path) is None
+        assert run_folder.newest_complete_checkpoint(tmp_path) is None
 
 
 class TestErrors:
@@ -281,8 +285,8 @@ class TestErrors:
             assert "already holds checkpoints" in message and "--resume" in message and "--overwrite" in message
 
     def test_resume_with_other_settings(self, tmp_path):
-        settings = pretrain.settings_of(pretrain.parse_arguments(["--output-dir", str(tmp_path), "--lr", "0.5"]))
-        pretrain.write_json(tmp_path / "run.json", {"settings": settings, "data_fingerprint": "0"})
+        settings = run_folder.settings_of(pretrain.parse_arguments(["--output-dir", str(tmp_path), "--lr", "0.5"]))
+        run_folder.write_json(tmp_path / "run.json", {"settings": settings, "data_fingerprint": "0"})
         message = self.fails("--output-dir", tmp_path, "--resume", "--lr", "0.25")
         assert "--lr is 0.25, but the run in" in message and "has 0.5" in message
 
@@ -326,7 +330,7 @@ class TestRun:
         assert results["tokens_per_second"] > 0
         assert results["exact_match"]["held_out"] is not None
         assert (output_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-        assert [path.name for path in pretrain.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
+        assert [path.name for path in run_folder.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
         model = AutoModelForCausalLM.from_pretrained(output_dir / "model")
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
         assert model.config.vocab_size == len(tokenizer)
@@ -337,7 +341,7 @@ class TestRun:
         output_dir, _ = whole_run
         args = pretrain.parse_arguments(["--output-dir", str(output_dir), "--data", str(data), *TINY_RUN])
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
-        _, held_out = pretrain.pack_corpus(args, pretrain.load_corpus(args), tokenizer)
+        _, held_out = corpus.pack_corpus(args, corpus.load_corpus(args), tokenizer)
         blocks = held_out["held_out"]
         assert len(blocks) % args.batch_size, "the last batch should be a smaller one"
         table = json.loads((output_dir / "results.json").read_text())["held_out_loss"]["held_out"]
@@ -365,7 +369,7 @@ class TestRun:
         output_dir, _ = whole_run
         options = [*TINY_RUN]
         for name in pretrain.SHAPE_OPTIONS:
-            if (flag := pretrain.option(name)) in options:
+            if (flag := run_folder.option(name)) in options:
                 del options[options.index(flag) : options.index(flag) + 2]
         pretrain.main(["--output-dir", str(tmp_path), "--data", str(data), "--model", f"{output_dir}/model", *options])
         first = json.loads((output_dir / "results.json").read_text())["held_out_loss"]["held_out"]
@@ -384,7 +388,7 @@ class TestRun:
     def test_changed_data_are_refused(self, whole_run, data):
         output_dir, _ = whole_run
         settings = json.loads((output_dir / "run.json").read_text())
-        pretrain.write_json(output_dir / "run.json", settings | {"data_fingerprint": "0"})
+        run_folder.write_json(output_dir / "run.json", settings | {"data_fingerprint": "0"})
         with pytest.raises(SystemExit, match=r"The data have fingerprint \w+, but the run in .* has 0"):
             pretrain.main(["--output-dir", str(output_dir), "--data", str(data), "--resume", *TINY_RUN])
-        pretrain.write_json(output_dir / "run.json", settings)
+        run_folder.write_json(output_dir / "run.json", settings)

@@ -58,7 +58,6 @@ def test_a_plain_model_by_hand(tied):
     assert report.total.share == report.total.quantized_parameters == report.total.quantized_bytes == 0
 
 
-@pytest.mark.filterwarnings("default::FutureWarning")  # PEFT reads a deprecated property of transformers
 def test_adapters_and_a_learned_scale_are_parameters_too():
     model = mixed_model(upcycling="refine")
     assert quantization_report(model).total.parameters == model.config.total_parameters

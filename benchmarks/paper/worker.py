@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from benchmarks.measure import Clock, alternate, describe_machine, spread
@@ -47,7 +46,10 @@ from modeling_coe.diagnostics import measure_routing
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
+import corpus  # noqa: E402
 import pretrain  # noqa: E402
+import report  # noqa: E402
+import training  # noqa: E402
 
 
 SOURCES = ("configuration_coe/*.py", "modeling_coe/*.py", "examples/*.py", "benchmarks/paper/[vw]*.py")
@@ -61,9 +63,9 @@ class Inputs:
     def __init__(self, run: Run, output_dir: str, data_root: str, steps: int | None = None):
         self.args = pretrain.parse_arguments(run.argv(output_dir, data_root))
         self.args.steps = steps or self.args.steps
-        corpus = pretrain.load_corpus(self.args)
-        self.tokenizer = pretrain.choose_tokenizer(self.args, corpus)
-        self.train, self.held_out = pretrain.pack_corpus(self.args, corpus, self.tokenizer)
+        texts = corpus.load_corpus(self.args)
+        self.tokenizer = corpus.choose_tokenizer(self.args, texts)
+        self.train, self.held_out = corpus.pack_corpus(self.args, texts, self.tokenizer)
 
     def model(self, run: Run) -> CoeForCausalLM:
         """A new model for these data: of the run they were made for, or of another."""
@@ -73,12 +75,14 @@ class Inputs:
 
     def trainer(self, model: CoeForCausalLM, **parts: Any) -> Trainer:
         """A trainer that writes nothing: a run that is killed is short enough to be made again."""
-        arguments = pretrain.training_arguments(self.args, evaluate_first="eval_dataset" in parts)
-        arguments.save_strategy = SaveStrategy.NO
-        arguments.disable_tqdm = True
-        if "eval_dataset" not in parts:
-            arguments.eval_strategy = IntervalStrategy.NO
-        return Trainer(model=model, args=arguments, train_dataset=pretrain.Blocks(self.train), **parts)
+        evaluates = "eval_dataset" in parts
+        arguments = training.training_arguments(self.args, evaluate_first=evaluates)
+        arguments |= {"save_strategy": "no", "disable_tqdm": True}
+        if not evaluates:
+            arguments["eval_strategy"] = "no"
+        return Trainer(
+            model=model, args=TrainingArguments(**arguments), train_dataset=corpus.Blocks(self.train), **parts
+        )
 
 
 class StepRecorder(TrainerCallback):
@@ -151,7 +155,7 @@ def train(run: Run, data_root: str) -> dict[str, Any]:
         before = resident_bytes()
         model = inputs.model(run)
         recorder = StepRecorder(model)
-        held_out = {name: pretrain.Blocks(blocks) for name, blocks in inputs.held_out.items()}
+        held_out = {name: corpus.Blocks(blocks) for name, blocks in inputs.held_out.items()}
         trainer = inputs.trainer(model, eval_dataset={split: held_out.pop(split)}, callbacks=[recorder])
         trainer.train()
         if held_out:
@@ -163,10 +167,10 @@ def train(run: Run, data_root: str) -> dict[str, Any]:
         "held_out": {name: curve(log, f"eval_{name}_loss") for name in inputs.held_out},
         "training": curve(log, "loss"),  # with the balancing loss
         "unigram": {
-            name: pretrain.unigram_loss(inputs.train, blocks, model.config.vocab_size)
+            name: report.unigram_loss(inputs.train, blocks, model.config.vocab_size)
             for name, blocks in inputs.held_out.items()
         },
-        "data_fingerprint": pretrain.fingerprint_of(inputs.train, inputs.held_out),
+        "data_fingerprint": corpus.fingerprint_of(inputs.train, inputs.held_out),
         "order_fingerprint": recorder.digest.hexdigest()[:16],
         "training_tokens": len(recorder.wall) * run.scale.tokens_per_step,
         **size_of(model, run.arm.variant),

@@ -1,0 +1,282 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pairs of a prompt and an answer: where they come from, their tokenizer, and blocks of their tokens."""
+
+import argparse
+import hashlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from arithmetic import Problems
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from run_folder import InputError, is_resumable, option
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
+TOKENIZER_EXAMPLES = 10_000  # more text does not change a small vocabulary
+
+
+class Example(NamedTuple):
+    """One training text: a prompt and how to continue it."""
+
+    prompt: str
+    answer: str
+
+
+class Corpus(NamedTuple):
+    """Training texts, possibly without end, and held-out texts by the name of their split."""
+
+    train: Iterable[Example]
+    held_out: dict[str, Iterable[Example]]
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="parquet or JSON-lines file, folder or Hub name; built-in problems if not given")
+    data.add_argument("--data-config", help="configuration of a Hub data set")
+    data.add_argument("--train-split", default="train", help="split of a folder or Hub data set to train on")
+    data.add_argument("--eval-data", help="held-out file, folder or Hub name; a part of the data if not given")
+    data.add_argument("--eval-split", default="test", help="split of a held-out folder or Hub data set")
+    data.add_argument("--eval-fraction", type=float, default=0.05, help="part held out if no --eval-data is given")
+    data.add_argument("--prompt-column", default="question")
+    data.add_argument("--answer-column", default="answer")
+
+
+def add_block_options(parser: argparse.ArgumentParser) -> None:
+    blocks = parser.add_argument_group("blocks")
+    blocks.add_argument("--block-size", type=int, default=128, help="tokens in a training sequence")
+    blocks.add_argument("--eval-blocks", type=int, default=64, help="blocks of each held-out split to evaluate")
+
+
+def check_data_options(args: argparse.Namespace) -> None:
+    """Raises [`InputError`] where they have no meaning."""
+    if not 0 < args.eval_fraction < 1:
+        raise InputError(f"--eval-fraction is {args.eval_fraction}; it must lie between 0 and 1.")
+
+
+class ArithmeticExamples:
+    """The endless built-in problems of one split. Every iteration starts at the first one."""
+
+    def __init__(self, seed: int, split: str):
+        self.problems = Problems(seed, split)
+
+    def __iter__(self):
+        return (Example(problem.question, problem.answer) for problem in self.problems)
+
+
+def load_corpus(args: argparse.Namespace) -> Corpus:
+    """The training and held-out texts that the options ask for."""
+    if args.data is None:
+        held_out = {split: ArithmeticExamples(args.seed, split) for split in ("numbers", "templates")}
+        return Corpus(ArithmeticExamples(args.seed, "train"), held_out)
+    train = open_dataset("data", args.data, args.data_config, args.train_split)
+    if args.eval_data is not None:
+        train = train.shuffle(seed=args.seed)
+        held_out = open_dataset("eval_data", args.eval_data, args.data_config, args.eval_split)
+    elif len(train) > 1:
+        num_held_out = min(max(1, round(args.eval_fraction * len(train))), len(train) - 1)
+        train, held_out = train.train_test_split(test_size=num_held_out, seed=args.seed).values()
+    else:
+        raise InputError(f"--data {args.data} has a single row: none can be held out. Give more, or --eval-data.")
+    return Corpus(read_examples("data", train, args), {"held_out": read_examples("eval_data", held_out, args)})
+
+
+def open_dataset(name: str, source: str, config: str | None, split: str) -> datasets.Dataset:
+    """Opens what the option `name` asks for: a file or folder where one exists, else a data set of the Hub."""
+    path = Path(source)
+    if path.suffix in FILE_FORMATS and not path.exists():
+        raise InputError(f"{option(name)} {source} does not exist. Give an existing file, or the name of a data set.")
+    if path.is_file() and path.suffix not in FILE_FORMATS:
+        raise InputError(f"{option(name)} {source} is no {', '.join(FILE_FORMATS)} file. Convert it to one of them.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{option(name)} {source} is empty. Give a file with rows.")
+    try:
+        if path.is_file():
+            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        else:
+            dataset = load_dataset(source, config, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise InputError(
+            f"{option(name)} {source} (split {split!r}, configuration {config!r}) cannot be read: {error}. Give a "
+            f"readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
+        ) from error
+    if len(dataset) == 0:
+        raise InputError(f"{option(name)} {source} has no rows. Give data with rows.")
+    return dataset
+
+
+def read_examples(name: str, dataset: datasets.Dataset, args: argparse.Namespace) -> list[Example]:
+    """The prompts and answers of a data set."""
+    for column_option in ("prompt_column", "answer_column"):
+        column = getattr(args, column_option)
+        if column not in dataset.column_names:
+            raise InputError(
+                f"{option(column_option)} is {column!r}, but {option(name)} has the columns "
+                f"{', '.join(dataset.column_names)}. Choose one of them."
+            )
+    examples = []
+    for row, (prompt, answer) in enumerate(zip(dataset[args.prompt_column], dataset[args.answer_column], strict=True)):
+        for column, value in ((args.prompt_column, prompt), (args.answer_column, answer)):
+            if value is None or value == "":
+                raise InputError(f"{option(name)} has no {column!r} in row {row}: {value!r}. Remove or fill this row.")
+        examples.append(Example(str(prompt), str(answer)))
+    return examples
+
+
+def train_tokenizer(examples: Iterable[Example], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE with one token per digit (the space before a number included), so that all numbers are
+    read and written alike."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 2
+    if vocab_size < smallest:
+        raise InputError(f"--vocab-size is {vocab_size}; bytes and special tokens need {smallest} or more.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN, PAD_TOKEN],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    texts = (f"{example.prompt}\n{example.answer}" for example in islice(examples, TOKENIZER_EXAMPLES))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        padding_side="left",  # generation continues at the right end
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def load_tokenizer(source: str | Path, given_by: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """Loads a tokenizer and makes sure that it can end texts and pad prompts."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{given_by} {source}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"{given_by} {source}: the tokenizer has no `eos_token`, which ends every text. Set it in its "
+            "tokenizer_config.json, or leave the option out to train a tokenizer."
+        )
+    if tokenizer.pad_token is None:
+        if given_by == "--model":  # whose vocabulary has no room for another
+            tokenizer.pad_token = tokenizer.eos_token
+        else:  # not the end token: the embedding of the padding token is never trained
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+def choose_tokenizer(args: argparse.Namespace, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run: its own if it is resumed, else the one asked for, else one trained on the data."""
+    if is_resumable(args):
+        return load_tokenizer(args.output_dir / "tokenizer")
+    if args.model is not None:
+        return load_tokenizer(args.model, "--model")
+    if args.tokenizer is not None:
+        return load_tokenizer(args.tokenizer)
+    return train_tokenizer(corpus.train, args.vocab_size)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
+    """Prompts as the model sees them, in training and when it solves them: on a line of their own."""
+    return tokenizer([f"{example.prompt}\n" for example in examples], add_special_tokens=False)["input_ids"]
+
+
+def pack(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int
+) -> torch.Tensor:
+    """Joins texts by the end-of-sequence token and cuts them into blocks; what does not fill a block is dropped.
+
+    Prompt and answer are tokenised apart, so that a prompt alone has the same tokens when the model solves it.
+
+    Args:
+        examples (`Iterable[Example]`): Texts, as many as are needed of them in their order.
+        tokenizer (`PreTrainedTokenizerBase`): With an `eos_token`.
+        block_size (`int`): Tokens in a block.
+        max_blocks (`int`): Number of blocks wanted; fewer where the texts end before.
+
+    Returns:
+        `torch.Tensor`: Token ids (blocks, block_size).
+    """
+    tokens: list[int] = []
+    examples = iter(examples)
+    while len(tokens) < max_blocks * block_size and (batch := list(islice(examples, 1000))):
+        answers = tokenizer([example.answer for example in batch], add_special_tokens=False)["input_ids"]
+        for prompt, answer in zip(encode_prompts(tokenizer, batch), answers, strict=True):
+            tokens += [*prompt, *answer, tokenizer.eos_token_id]
+    num_blocks = min(len(tokens) // block_size, max_blocks)
+    return torch.tensor(tokens[: num_blocks * block_size]).view(num_blocks, block_size)
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Packed blocks as `Trainer` wants them. Their number and order are fixed, which makes resuming exact."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def pack_corpus(
+    args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Packs as many training texts as the run reads, or all that fill batches, and `eval_blocks` of each split."""
+    train = pack(corpus.train, tokenizer, args.block_size, args.steps * args.batch_size)
+    train_batches = len(train) // args.batch_size
+    if train_batches == 0:
+        raise InputError(
+            f"--data {args.data} fills {len(train)} blocks of --block-size {args.block_size} tokens, fewer than the "
+            f"--batch-size {args.batch_size} of one step. Give more data, or choose smaller blocks or batches."
+        )
+    held_out = {
+        split: pack(examples, tokenizer, args.block_size, args.eval_blocks)
+        for split, examples in corpus.held_out.items()
+    }
+    for split, blocks in held_out.items():
+        if len(blocks) == 0:
+            raise InputError(
+                f"The held-out split {split!r} does not fill one block of --block-size {args.block_size} tokens. "
+                f"Hold out more (--eval-fraction {args.eval_fraction}, --eval-data {args.eval_data}), or choose "
+                "smaller blocks."
+            )
+    return train[: train_batches * args.batch_size], held_out
+
+
+def fingerprint_of(train: torch.Tensor, held_out: dict[str, torch.Tensor]) -> str:
+    """A short hash of all token ids."""
+    digest = hashlib.sha256(train.numpy())
+    for blocks in held_out.values():
+        digest.update(blocks.numpy())
+    return digest.hexdigest()[:16]

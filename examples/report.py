@@ -1,0 +1,123 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a training run reports: held-out losses, problems it solves, its speed and log, and a picture of the losses."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from answers import exact_match
+from corpus import Corpus, Example
+from matplotlib.figure import Figure
+from run_folder import settings_of, write_json
+from training import Run
+
+
+LossTable = dict[str, dict[str, float]]  # by split: "before" and "trained", and "unigram" where it is known
+
+
+def unigram_loss(train_blocks: torch.Tensor, blocks: torch.Tensor, vocab_size: int) -> float:
+    """Cross-entropy of the frequencies of the training tokens, each counted once more than it occurs, on the tokens
+    that the model predicts: all of a block but the first."""
+    counts = train_blocks.flatten().bincount(minlength=vocab_size).double() + 1
+    return -(counts / counts.sum()).log()[blocks[:, 1:]].mean().item()
+
+
+def held_out_table(log: list[dict[str, float]], splits: Iterable[str], **baselines: dict[str, float]) -> LossTable:
+    """Losses by split of the model before training, of baselines, and of the trained model."""
+    table = {}
+    for split in splits:
+        losses = [entry[f"eval_{split}_loss"] for entry in log if f"eval_{split}_loss" in entry]
+        others = {name: baseline[split] for name, baseline in baselines.items()}
+        table[split] = {"before": losses[0], **others, "trained": losses[-1]}
+    return table
+
+
+def plot_losses(log: list[dict[str, float]], table: LossTable, title: str, path: Path) -> None:
+    """Draws the training and held-out losses over the steps, with those before training and of baselines as lines."""
+    figure = Figure(figsize=(8, 5))  # drawn by Agg, which needs no display
+    axes = figure.subplots()
+    training = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    axes.plot(*zip(*training, strict=True), color="0.6", linewidth=1, label="training, with balancing loss")
+    for color, (split, losses) in enumerate(table.items()):
+        key = f"eval_{split}_loss"
+        evaluated = [(entry["step"], entry[key]) for entry in log if key in entry]
+        axes.plot(*zip(*evaluated, strict=True), f"C{color}o-", markersize=3, label=f"held out: {split}")
+        axes.axhline(losses["before"], color=f"C{color}", linestyle=":", label=f"before training: {split}")
+        if "unigram" in losses:
+            axes.axhline(losses["unigram"], color=f"C{color}", linestyle="--", label=f"unigram: {split}")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def print_report(results: dict[str, Any]) -> None:
+    """Prints the losses, the speed, some solutions and the exact match."""
+    columns = next(iter(results["held_out_loss"].values()))
+    print(f"\n{'held-out loss':<16}" + "".join(f"{name:>12}" for name in columns) + f"{'exact match':>14}")
+    for split, losses in results["held_out_loss"].items():
+        match = results["exact_match"][split]
+        shown = "-" if match is None else f"{match:.1%}"
+        print(f"{split:<16}" + "".join(f"{loss:>12.4f}" for loss in losses.values()) + f"{shown:>14}")
+    for split, samples in results["samples"].items():
+        for sample in samples:
+            print(f"\n[{split}] {sample['prompt']}\n--- model\n{sample['solution']}\n--- expected\n{sample['answer']}")
+    speed = results["tokens_per_second"]
+    print(f"\ntraining speed: {'nothing was trained' if speed is None else f'{speed:,.0f} tokens per second'}")
+
+
+def report(
+    args: argparse.Namespace,
+    run: Run,
+    table: LossTable,
+    corpus: Corpus,
+    solver: Callable[[list[Example]], list[str]],
+    title: str,
+    **facts: Any,
+) -> None:
+    """Has held-out problems solved, writes `results.json` and `loss_curve.png`, and prints the report.
+
+    Args:
+        args (`argparse.Namespace`): All options of the run, those of generation among them.
+        run (`Run`): What training gave.
+        table (`LossTable`): Held-out losses.
+        corpus (`Corpus`): With the problems of every held-out split.
+        solver (`Callable[[list[Example]], list[str]]`): Gives the model's continuations of the prompts.
+        title (`str`): Of the picture.
+        **facts: More for `results.json`.
+    """
+    accuracy, samples = {}, {}
+    for split, examples in corpus.held_out.items():
+        problems = list(islice(examples, args.num_problems))
+        solutions = solver(problems)
+        accuracy[split] = exact_match(problems, solutions)
+        samples[split] = [
+            {"prompt": problem.prompt, "solution": solution, "answer": problem.answer}
+            for problem, solution in islice(zip(problems, solutions, strict=True), args.num_samples)
+        ]
+    results = {
+        "settings": settings_of(args),
+        **facts,
+        "held_out_loss": table,
+        "exact_match": accuracy,
+        "tokens_per_second": run.tokens_per_second,
+        "samples": samples,
+        "log_history": run.log,
+    }
+    write_json(args.output_dir / "results.json", results)
+    plot_losses(run.log, table, title, args.output_dir / "loss_curve.png")
+    print_report(results)

@@ -1,0 +1,190 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The folder of a training run: its settings, its checkpoints, and which one a killed run goes on from."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+
+# Options that say where a run writes and how it starts, not what it computes.
+START_OPTIONS = {"output_dir", "resume", "overwrite"}
+# What runs write beside checkpoints and `run.json`.
+OUTPUTS = ("tokenizer", "model", "adapter", "results.json", "loss_curve.png")
+
+
+class InputError(ValueError):
+    """What the user gave does not work; the message names the option, its value and the remedy."""
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises [`InputError`] where one of these options is less than 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 1 or more.")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", type=Path, required=True, help="folder for everything the run writes")
+    run.add_argument("--resume", action="store_true", help="go on with the run of the output folder")
+    run.add_argument("--overwrite", action="store_true", help="delete the run of the output folder and start anew")
+    run.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order of training")
+
+
+def check_run_options(args: argparse.Namespace) -> None:
+    """Raises [`InputError`] where they contradict each other."""
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a resumed run must share with the run it goes on with."""
+    return {name: value for name, value in vars(args).items() if name not in START_OPTIONS}
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written, and not yet deleted, in full.
+
+    `Trainer` writes the model or adapter first, then the optimizer, the scheduler, the random states and last, not
+    atomically, its own state: what can be read there vouches for what came before. Deletion takes the files in any
+    order, so all of them must be there.
+    """
+    is_adapter = (checkpoint / ADAPTER_CONFIG_NAME).is_file()
+    weights = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_adapter else (CONFIG_NAME, SAFE_WEIGHTS_NAME)
+    needed = (*weights, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", TRAINER_STATE_NAME)
+    if not all((checkpoint / name).is_file() for name in needed):
+        return False
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return state["global_step"] == checkpoint_step(checkpoint)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, complete or not, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=checkpoint_step)
+
+
+def newest_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint to go on from. What a killed run left half written is deleted, with a message."""
+    checkpoints = checkpoints_in(output_dir)
+    incomplete = [path for path in checkpoints if not is_complete(path)]
+    # `save_pretrained` collects its files in such folders.
+    leftovers = [*output_dir.glob("model/.*.partial"), *output_dir.glob("model/.*.replaced")]
+    for path in incomplete + leftovers:
+        print(f"Deleting {path.relative_to(output_dir)}, which was not written in full.")
+        shutil.rmtree(path)
+    complete = [path for path in checkpoints if path not in incomplete]
+    return complete[-1] if complete else None
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Raises [`InputError`] where the output folder holds another run, or one that should not be lost."""
+    if not is_resumable(args):
+        if checkpoints_in(args.output_dir) and not args.overwrite:
+            raise InputError(
+                f"--output-dir {args.output_dir} already holds checkpoints of a run. Go on with it by --resume, which "
+                "needs its run.json, delete it by --overwrite, or choose another folder."
+            )
+        return
+    settings = settings_of(args)
+    for name, old in read_json(args.output_dir / "run.json")["settings"].items():
+        if settings.get(name) != old:
+            raise InputError(
+                f"{option(name)} is {settings.get(name)!r}, but the run in {args.output_dir} has {old!r}. Resume with "
+                "the same settings, or start another run in another folder."
+            )
+
+
+def is_resumable(args: argparse.Namespace) -> bool:
+    """Whether to go on with a run. `run.json` is the last file written before training."""
+    return args.resume and (args.output_dir / "run.json").is_file()
+
+
+def start_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+    """Deletes an earlier run if asked to, and writes the tokenizer and `run.json`."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for path in [*checkpoints_in(args.output_dir), *(args.output_dir / name for name in OUTPUTS)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    # Never beside a tokenizer of another run.
+    (args.output_dir / "run.json").unlink(missing_ok=True)
+    tokenizer.save_pretrained(args.output_dir / "tokenizer")
+    write_json(args.output_dir / "run.json", {"settings": settings_of(args), "data_fingerprint": fingerprint})
+
+
+def check_fingerprint(args: argparse.Namespace, fingerprint: str) -> None:
+    """Raises [`InputError`] where the data of a resumed run are not those it began with."""
+    old = read_json(args.output_dir / "run.json")["data_fingerprint"]
+    if fingerprint != old:
+        raise InputError(
+            f"The data have fingerprint {fingerprint}, but the run in {args.output_dir} has {old}: the content of "
+            f"--data {args.data} or --eval-data {args.eval_data} has changed. Restore it, or start another run."
+        )
+
+
+def open_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
+    """Starts a run in its folder, or finds the checkpoint that a resumed one goes on from, if there is a complete one.
+
+    Args:
+        args (`argparse.Namespace`): All options of the run.
+        tokenizer (`PreTrainedTokenizerBase`): The run's.
+        fingerprint (`str`): Of its data.
+
+    Raises:
+        InputError: The data of a resumed run have changed.
+    """
+    checkpoint = None
+    if is_resumable(args):
+        check_fingerprint(args, fingerprint)
+        checkpoint = newest_complete_checkpoint(args.output_dir)
+    else:
+        start_run(args, tokenizer, fingerprint)
+    if args.resume:
+        print(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
+    return checkpoint
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_suffix(".partial.json")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,200 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What training runs have in common: their options, the model they are given, their speed, what they return."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from run_folder import InputError, check_positive
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from modeling_coe import CoeConfig, CoeForCausalLM
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def add_training_options(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
+    """Adds the options of the optimizer and of the log, with some other defaults."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=1200)
+    training.add_argument("--batch-size", type=int, default=16, help="sequences per step")
+    training.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+    training.add_argument("--schedule", choices=("cosine", "constant_with_warmup"), default="cosine")
+    training.add_argument("--warmup-steps", type=int, default=50)
+    training.add_argument("--weight-decay", type=float, default=0.01)
+    training.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    training.add_argument("--log-steps", type=int, default=10)
+    training.add_argument("--eval-steps", type=int, default=100)
+    training.add_argument("--save-steps", type=int, default=200, help="a multiple of --log-steps")
+    parser.set_defaults(**defaults)
+
+
+def check_training_options(args: argparse.Namespace) -> None:
+    """Raises [`InputError`] where they have no meaning, alone or together."""
+    check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
+    if args.lr <= 0:
+        raise InputError(f"--lr is {args.lr}; it must be more than 0.")
+    # A checkpoint holds no part of an average, so a resumed run could not log the same one.
+    if args.save_steps % args.log_steps:
+        raise InputError(
+            f"--save-steps is {args.save_steps}, which is not a multiple of --log-steps {args.log_steps}: a resumed "
+            "run would log another average. Choose a multiple."
+        )
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--num-problems", type=int, default=100, help="problems of each split to solve at the end")
+    generation.add_argument("--num-samples", type=int, default=2, help="solutions of each split to print")
+    generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
+
+
+def given_config(source: str) -> CoeConfig:
+    """The configuration of the model that `--model` names.
+
+    Raises:
+        InputError: It cannot be loaded, or is not that of a Chain-of-Experts model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source} cannot be loaded: {error}") from error
+    if not isinstance(config, CoeConfig):
+        raise InputError(
+            f"--model {source} is a {config.model_type!r} model, not a chain of experts. Convert it with "
+            "`coe-convert`."
+        )
+    return config
+
+
+def given_model(source: str, config: CoeConfig) -> CoeForCausalLM:
+    """The model that `--model` names, in float32.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    try:
+        return CoeForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source} cannot be loaded: {error}") from error
+
+
+class Stopwatch(TrainerCallback):
+    """Times the training steps of this process; evaluation and saving happen between them."""
+
+    def __init__(self):
+        self.steps = 0
+        self.seconds = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.begin
+        self.steps += 1
+
+
+def training_arguments(args: argparse.Namespace, evaluate_first: bool) -> dict[str, Any]:
+    """The options as fields of [`TrainingArguments`].
+
+    Args:
+        args (`argparse.Namespace`): Run and training options.
+        evaluate_first (`bool`): Log the loss before training, which a resumed run finds in its checkpoint's log.
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(args.output_dir),
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": args.batch_size,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": args.schedule,
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "adam_beta2": args.beta2,
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "use_cpu": not cuda,
+        "seed": args.seed,
+        "data_seed": args.seed,
+        "logging_steps": args.log_steps,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": args.eval_steps,
+        "eval_on_start": evaluate_first,
+        "save_steps": args.save_steps,
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+
+
+@torch.no_grad()
+def logit_difference(model: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> float:
+    """The largest difference of a logit between two models in evaluation mode, on 128 tokens of their vocabulary."""
+    tokens = torch.arange(0, 128 * 97, 97)[None] % model.config.vocab_size
+    logits = (each.eval()(tokens.to(each.device)).logits for each in (model, other))
+    return torch.sub(*logits).abs().max().item()
+
+
+def save_and_reload(
+    model: CoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[CoeForCausalLM, PreTrainedTokenizerBase]:
+    """Saves model and tokenizer, loads them from disk, and checks that the model computes the same logits.
+
+    Returns:
+        The loaded model, on the device of the given one, and the loaded tokenizer.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
+    difference = logit_difference(model, loaded)
+    if not difference < 1e-4:
+        raise RuntimeError(f"The model loaded from {folder} differs from the trained one by {difference} in a logit.")
+    print(f"The model loaded from disk agrees with the trained one: logits differ by at most {difference:.1e}.")
+    return loaded, AutoTokenizer.from_pretrained(folder)
+
+
+class Run(NamedTuple):
+    """A finished training run: the model, the whole log, and the speed of the part this process did, if any."""
+
+    model: PreTrainedModel | PeftModel
+    log: list[dict[str, float]]
+    tokens_per_second: float | None
+
+
+def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Run:
+    """The run whose last checkpoint this is; `Trainer` would take one step more.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Loaded from the checkpoint.
+        checkpoint (`Path`): A complete one.
+    """
+    return Run(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
