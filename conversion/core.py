@@ -35,7 +35,7 @@ from transformers.utils import CONFIG_NAME
 
 from configuration_coe import CoeConfig
 from modeling_coe import CoeForCausalLM
-from modeling_coe.modeling_coe import _AUTO_MAP
+from modeling_coe.modeling_coe import AUTO_MAP
 
 from .checkpoint import (
     Checkpoint,
@@ -286,7 +286,7 @@ def _write_config(plan: Plan, folder: Path) -> None:
     if plan.options.dtype is not None:
         config.dtype = plan.options.dtype
     if isinstance(config, CoeConfig):
-        config.architectures, config.auto_map = [CoeForCausalLM.__name__], dict(_AUTO_MAP)
+        config.architectures, config.auto_map = [CoeForCausalLM.__name__], dict(AUTO_MAP)
         custom_object_save(CoeForCausalLM, folder)
     else:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]

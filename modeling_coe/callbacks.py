@@ -11,29 +11,160 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Balancing without an auxiliary loss (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-
-Every router has a selection bias per expert, which is added to the scores that choose experts and not to those that
-weigh them. After every optimizer step, experts that got more tokens than the mean lose `speed` of their bias and those
-that got fewer gain it. In a chain each iteration has a router, and so a balance, of its own.
+"""Routers in training: what they do, logged with the loss, and balancing them without an auxiliary loss.
 
 Not imported by `import modeling_coe`, since it needs the Trainer's modules.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
-from .modeling_coe import CoeModel, CoeModelOutputWithPast, CoeRouter, _token_mask
+from .diagnostics import (
+    NOTHING_RECORDED,
+    RoutingStatistics,
+    count_choices,
+    find_coe_model,
+    is_training_pass,
+    sum_over_ranks,
+    watch_routers,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# What is logged -> which of the layers' values is the worst.
+LOGGED = {"max_vio": "max", "load_entropy": "min", "dead_share": "max", "margin": "min", "reuse": "max"}
+
+
+class RoutingCallback(TrainerCallback):
+    """Logs routing statistics of the training tokens since the last log, with the training loss.
+
+        trainer = Trainer(model, args, train_dataset=data)
+        RoutingCallback.add_to(trainer)
+
+    For iteration t it logs `routing/iter{t}/{name}` for `max_vio`, `load_entropy`, `dead_share`, `margin` and, from
+    iteration 1, `reuse` (the share of its choices that the iteration before had made), each as the mean over layers,
+    and as `..._worst` that of the layer with the worst value. [`LayerRouting`] defines them. The number of keys does
+    not depend on the number of layers: at most 10 for each of the first `max_iterations` iterations. `aux_loss` is
+    logged too where the model returns one and nobody else logs it.
+
+    Evaluation, other passes without gradients, padding and recomputation under gradient checkpointing do not count;
+    ranks are added up. Once each, it warns when an expert is never chosen and when the load of a router collapses,
+    looking at all iterations.
+
+    `Trainer(callbacks=[RoutingCallback()])` works too, but then the loggers of `report_to`, which run before callbacks
+    given that way, miss these keys; the progress bar and `log_history` have them.
+
+    Args:
+        max_iterations (`int`, defaults to 4): Iterations to log.
+        min_expected (`int`, defaults to 32): An expert that was not chosen since the last log counts as dead only
+            where uniform routing would have chosen it this many times, and a load as collapsed likewise.
+        collapse_entropy (`float`, defaults to 0.5): A load with a normalised entropy below this has collapsed.
+    """
+
+    def __init__(self, max_iterations: int = 4, min_expected: int = 32, collapse_entropy: float = 0.5):
+        self.max_iterations, self.min_expected, self.collapse_entropy = max_iterations, min_expected, collapse_entropy
+        self.statistics: RoutingStatistics | None = None
+        self.hooks = ExitStack()
+        self.warned: set[str] = set()
+
+    @classmethod
+    def add_to(cls, trainer: Any, **options: Any) -> RoutingCallback:
+        """Adds a callback with these options to a `Trainer`, before its loggers, and returns it."""
+        callback = cls(**options)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)  # an earlier run may have broken off
+        self.statistics = RoutingStatistics(find_coe_model(model).config)
+        self.aux_loss_sum, self.num_forwards = torch.zeros(()), 0
+        self.hooks = watch_routers(model, self.statistics.update, training_only=True)
+        self.hooks.enter_context(model.register_forward_hook(self._add_aux_loss))
+
+    def _add_aux_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
+        aux_loss = getattr(output, "aux_loss", None)
+        if is_training_pass(module) and aux_loss is not None:
+            self.aux_loss_sum = self.aux_loss_sum + aux_loss.detach()
+            self.num_forwards += 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.statistics is None or "loss" not in (logs or {}):
+            return
+        self.statistics.all_reduce()
+        aux_loss = torch.tensor([float(self.aux_loss_sum), self.num_forwards])
+        sum_over_ranks([aux_loss])
+        if self.statistics.tokens:
+            metrics = self._metrics()
+            if aux_loss[1] and "aux_loss" not in logs:
+                metrics["aux_loss"] = float(aux_loss[0] / aux_loss[1])
+            logs.update(metrics)
+            # `Trainer` made its entry before it asked the callbacks.
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(metrics)
+        if state.is_world_process_zero:
+            self._warn()
+        self.statistics.reset()
+        self.aux_loss_sum, self.num_forwards = torch.zeros(()), 0
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hooks.close()
+        self.statistics = None
+
+    def _metrics(self) -> dict[str, float]:
+        layers, metrics = self.statistics.layers.values(), {}
+        for t in range(min(self.max_iterations, max(layer.num_iterations for layer in layers))):
+            reached = [layer for layer in layers if layer.num_iterations > t]
+            for name, worst in LOGGED.items():
+                if name == "reuse" and t == 0:
+                    continue
+                values = torch.stack([getattr(layer, name)[t - (name == "reuse")] for layer in reached])
+                metrics[f"routing/iter{t}/{name}"] = values.mean().item()
+                metrics[f"routing/iter{t}/{name}_worst"] = getattr(values, worst)().item()
+        return metrics
+
+    def _warn(self) -> None:
+        if not self.statistics.tokens:
+            self._warn_once("nothing", NOTHING_RECORDED)
+        remedy = "Raise `aux_loss_alpha` or lower the learning rate; this is not repeated."
+        for layer_idx, layer in self.statistics.layers.items():
+            expected = layer.selections.cpu().double().mean(dim=-1)
+            dead, entropy = layer.selections.cpu().eq(0).sum(dim=-1), layer.load_entropy
+            for t in expected.ge(self.min_expected).nonzero().flatten().tolist():
+                where = f"Layer {layer_idx}, iteration {t}"
+                if dead[t]:
+                    self._warn_once(
+                        "dead",
+                        f"{where}: {dead[t]} of {layer.num_experts} experts were not chosen once, where uniform "
+                        f"routing would have chosen each {expected[t]:.0f} times. {remedy}",
+                    )
+                if entropy[t] < self.collapse_entropy:
+                    self._warn_once(
+                        "collapse",
+                        f"{where}: routing collapses, the normalised entropy of the load is {entropy[t]:.2f} and one "
+                        f"expert gets {layer.load[t].max():.0%} of all choices. {remedy}",
+                    )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            logger.warning(message)
 
 
 class BiasBalancer:
-    """Counts the tokens of every expert in a model's training passes, and moves the selection biases by them.
+    """Balances without an auxiliary loss (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    Every router has a selection bias per expert, which is added to the scores that choose experts and not to those
+    that weigh them. Training passes are counted, and `step`, after every optimizer step, takes `speed` from the bias
+    of experts that got more tokens than the mean and gives it to those that got fewer. In a chain each iteration has a
+    router, and so a balance, of its own.
 
     ```python
     balancer = BiasBalancer(model, speed=1e-3)
@@ -58,10 +189,8 @@ class BiasBalancer:
     """
 
     def __init__(self, model: nn.Module, speed: float = 1e-3):
-        backbone = next((module for module in model.modules() if isinstance(module, CoeModel)), None)
-        if backbone is None:
-            raise ValueError(f"`model` is a {type(model).__name__} without a Chain-of-Experts model in it. Pass one.")
-        config = backbone.config
+        base = find_coe_model(model)
+        config = base.config
         if config.topk_method != "noaux_tc" or not config.num_sparse_layers:
             raise ValueError(
                 f'`topk_method="noaux_tc"` gives routers the selection bias that is moved here; this model has '
@@ -76,7 +205,7 @@ class BiasBalancer:
         if not speed > 0:
             raise ValueError(f"`speed` is {speed}; it must be greater than 0.")
         self.speed = speed
-        self.routers = [module for module in backbone.modules() if isinstance(module, CoeRouter)]
+        self.routers = [module for module in base.modules() if hasattr(module, "e_score_correction_bias")]
         # Which of them made each of the model's `router_indices`: without `use_igate`, one makes those of a layer.
         self._router_of_call, num_routers = [], 0
         for layer_idx in config.sparse_layers:
@@ -85,17 +214,20 @@ class BiasBalancer:
             num_routers = self._router_of_call[-1] + 1
         device = self.routers[0].weight.device
         self.counts = torch.zeros(num_routers, config.n_routed_experts, dtype=torch.int64, device=device)
-        self._hooks = [
-            backbone.register_forward_pre_hook(self._ask_for_indices, with_kwargs=True),
-            backbone.register_forward_hook(self._count, with_kwargs=True),
-        ]
+        self._hooks = watch_routers(model, self._count, training_only=True)
+
+    def _count(
+        self, indices: tuple[torch.Tensor, ...], logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor
+    ) -> None:
+        device = self.counts.device
+        for row, chosen in zip(self._router_of_call, indices, strict=True):
+            count_choices(self.counts[row], chosen.to(device), token_mask.to(device))
 
     def step(self) -> None:
         """Moves every bias by the tokens counted since the last step, on all ranks together, and counts anew. All
         ranks have to call it. Ranks that see the same tokens (tensor parallel) change nothing by counting them twice.
         """
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.counts)
+        sum_over_ranks([self.counts])
         total = self.counts.sum(dim=-1, keepdim=True)
         direction = (total - self.counts * self.counts.shape[-1]).sign()  # of the mean minus the load, in integers
         for router, signs in zip(self.routers, direction, strict=True):
@@ -105,28 +237,7 @@ class BiasBalancer:
 
     def remove(self) -> None:
         """Leaves the model: nothing is counted any more."""
-        for hook in self._hooks:
-            hook.remove()
-
-    @staticmethod
-    def _is_training_pass(model: CoeModel) -> bool:
-        return model.training and torch.is_grad_enabled()
-
-    def _ask_for_indices(self, model: CoeModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "output_router_indices": True} if self._is_training_pass(model) else kwargs
-
-    def _count(self, model: CoeModel, args: tuple, kwargs: dict[str, Any], output: CoeModelOutputWithPast) -> None:
-        if not self._is_training_pass(model):
-            return
-        batch_size, length = output.last_hidden_state.shape[:2]
-        mask = _token_mask(kwargs.get("attention_mask"), length)
-        tokens = torch.ones(batch_size, length, dtype=torch.int64) if mask is None else mask.ne(0).long()
-        for row, indices in zip(self._router_of_call, output.router_indices, strict=True):
-            counts = torch.zeros(self.counts.shape[-1], dtype=torch.int64, device=indices.device)
-            counts.scatter_add_(
-                0, indices.flatten(), tokens.to(indices.device).flatten().repeat_interleave(indices.shape[-1])
-            )
-            self.counts[row] += counts.to(self.counts.device)
+        self._hooks.close()
 
 
 class BiasBalancingCallback(TrainerCallback):
@@ -163,4 +274,4 @@ class BiasBalancingCallback(TrainerCallback):
             self.balancer = None
 
 
-__all__ = ["BiasBalancer", "BiasBalancingCallback"]
+__all__ = ["BiasBalancer", "BiasBalancingCallback", "RoutingCallback"]

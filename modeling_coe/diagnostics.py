@@ -11,34 +11,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the routers of a Chain-of-Experts model do: statistics of any forward, of a data set, or of a training run.
+"""What the routers of a Chain-of-Experts model do: statistics of any forward, or of a data set.
 
     with record_routing(model) as routing:
         model(**batch)
     print(routing)
 
-From the shell, `coe-routing MODEL DATA --out DIR`, or `python -m modeling_coe.diagnostics`. Pictures are drawn by
-[`plots`](plots.py), which needs matplotlib.
+[`callbacks`](callbacks.py) logs them in training, and [`plots`](plots.py) draws them. From the shell,
+`coe-routing MODEL DATA --out DIR` ([`routing_cli`](routing_cli.py)) measures and draws.
 
 T tokens, N experts, C iterations, K experts per token and iteration; layers and iterations count from 0.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.trainer_callback import TrainerCallback
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .balancing import router_scores
@@ -52,8 +46,10 @@ Batch = dict[str, torch.Tensor]
 
 # Numbers that `LayerRouting` has for every iteration.
 ITERATION_STATISTICS = ("max_vio", "load_entropy", "dead_share", "margin", "router_entropy")
-# What is logged -> which of the layers' values is the worst.
-LOGGED = {"max_vio": "max", "load_entropy": "min", "dead_share": "max", "margin": "min", "reuse": "max"}
+NOTHING_RECORDED = (
+    "No forward was recorded. A model that was compiled and called before does not call the hooks that record: start "
+    "recording first."
+)
 
 
 class LayerRouting:
@@ -117,21 +113,21 @@ class LayerRouting:
         """Adds the tokens of one forward: C tensors of choices (T, K), int64, and C of logits (T, N). Tokens that
         `token_mask` (T elements) marks by 0 are left out."""
         device, num_tokens = self.tokens.device, len(indices[0])
-        counted = torch.ones(num_tokens, dtype=torch.int64, device=device)
+        counted = torch.ones(num_tokens, dtype=torch.bool, device=device)
         if token_mask is not None:
-            counted = token_mask.reshape(-1).to(device).ne(0).long()
+            counted = token_mask.reshape(-1).to(device).ne(0)
         self.tokens += counted.sum()
         indices = [chosen.to(device) for chosen in indices]
         for t, (chosen, raw) in enumerate(zip(indices, logits, strict=True)):
-            _count(self.selections[t], chosen, counted)
+            count_choices(self.selections[t], chosen, counted)
             scores = router_scores(raw.to(device), scoring_func)
             best = scores.topk(min(2, self.num_experts), dim=-1).values
             entropy = torch.special.entr(scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)).sum(dim=-1)
             for total, values in ((self.margin_sum, best[:, 0] - best[:, -1]), (self.entropy_sum, entropy)):
-                total[t] += torch.where(counted.bool(), values, 0).sum(dtype=total.dtype)
+                total[t] += torch.where(counted, values, 0).sum(dtype=total.dtype)
         for t, (chosen, chosen_next) in enumerate(pairwise(indices)):
             pairs = chosen[:, :, None] * self.num_experts + chosen_next[:, None, :]
-            _count(self.transition_counts[t], pairs, counted)
+            count_choices(self.transition_counts[t], pairs, counted)
 
     @property
     def load(self) -> torch.Tensor:
@@ -172,14 +168,14 @@ class LayerRouting:
         return math.log(self.num_experts) or 1.0
 
 
-def _count(counts: torch.Tensor, indices: torch.Tensor, counted: torch.Tensor) -> None:
-    """Adds `counted[token]` to `counts.flatten()[index]` for every index of every token. Integers all the way: exact
-    under autocast, and no synchronisation with the device."""
-    weights = counted.view(-1, *[1] * (indices.dim() - 1)).expand_as(indices)
-    counts.view(-1).scatter_add_(0, indices.flatten(), weights.flatten())
+def count_choices(counts: torch.Tensor, choices: torch.Tensor, counted: torch.Tensor) -> None:
+    """Adds 1 to `counts.flatten()[choice]` for every choice (T, ...) of the tokens that `counted` (T,) marks. Integers
+    all the way: exact under autocast, and no synchronisation with the device."""
+    weights = counted.long().view(-1, *[1] * (choices.dim() - 1)).expand_as(choices)
+    counts.view(-1).scatter_add_(0, choices.flatten(), weights.flatten())
 
 
-def _all_reduce(tensors: list[torch.Tensor]) -> None:
+def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
     """Adds up tensors of one dtype over all ranks, in place and in one message, where there are ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -272,7 +268,7 @@ class RoutingStatistics:
         object. Every rank must call it, those without tokens too. Ranks that share a batch (tensor parallel) count
         its tokens once each, which leaves all shares and means as they are."""
         for is_float in (False, True):
-            _all_reduce([total for total in self._sums if total.is_floating_point() == is_float])
+            sum_over_ranks([total for total in self._sums if total.is_floating_point() == is_float])
         return self
 
     def reset(self) -> None:
@@ -352,7 +348,7 @@ def record_routing(
     Args:
         model (`nn.Module`): A Chain-of-Experts model, or a wrapper of one (DDP, PEFT, ...).
         statistics (`RoutingStatistics`, *optional*): Where to add the tokens; a new object if not given.
-        training_only (`bool`, defaults to `False`): Leave out forwards in evaluation mode.
+        training_only (`bool`, defaults to `False`): Leave out forwards in evaluation mode or without gradients.
 
     Yields:
         `RoutingStatistics`: The statistics, at any time those of the forwards so far.
@@ -361,54 +357,73 @@ def record_routing(
         ValueError: There is no Chain-of-Experts model, or it has no sparse layers.
     """
     if statistics is None:
-        statistics = RoutingStatistics(_coe_model(model).config)
+        statistics = RoutingStatistics(find_coe_model(model).config)
     tokens = statistics.tokens
-    with _watching_routers(model, statistics.update, training_only):
+    with watch_routers(model, statistics.update, training_only=training_only):
         yield statistics
     if statistics.tokens == tokens:
-        logger.warning(f"No forward was recorded. {_COMPILED}")
+        logger.warning(NOTHING_RECORDED)
 
 
-_COMPILED = "A model that was compiled and called before does not call the hooks that record: start recording first."
+def find_coe_model(model: nn.Module) -> PreTrainedModel:
+    """The `CoeModel`, of this package or of a folder's own code, inside a model with a head or a wrapper.
 
-
-def _coe_model(model: nn.Module) -> PreTrainedModel:
-    """The `CoeModel`, of this package or of a folder's own code, inside a model with a head or a wrapper."""
+    Raises:
+        ValueError: There is none.
+    """
     for module in model.modules():
         recorded = getattr(module, "_can_record_outputs", None) or {}
         if "router_indices" in recorded and module.base_model is module:
             return module
-    raise ValueError(f"There is no Chain-of-Experts model in this {type(model).__name__}.")
+    raise ValueError(f"There is no Chain-of-Experts model in this {type(model).__name__}. Pass one, or its wrapper.")
 
 
-@contextmanager
-def _watching_routers(model: nn.Module, receive: Callable[..., None], training_only: bool = False) -> Iterator[None]:
-    """Calls `receive(router_indices, router_logits, token_mask)` after every forward of the base model.
+def is_training_pass(model: nn.Module) -> bool:
+    """Whether this forward is one to train on. Trainers that generate do so in training mode, without gradients."""
+    return model.training and torch.is_grad_enabled()
+
+
+def watch_routers(model: nn.Module, receive: Callable[..., None], *, training_only: bool = False) -> ExitStack:
+    """Calls `receive(router_indices, router_logits, token_mask)` after every forward of the base model, from now on
+    until what it returns is closed, or left as the context of a `with` block.
 
     The model's own recording does the work. It ends with the forward, so recomputation in the backward pass, which
-    runs the routers again, is not part of it.
+    runs the layers again and not the base model, is not part of it.
+
+    Args:
+        model (`nn.Module`): A Chain-of-Experts model, or a wrapper of one.
+        receive (`Callable`): Gets the choices (T, K) and raw logits (T, N) of every router call, as the model returns
+            them, and a bool tensor (T,) that is `False` for padding.
+        training_only (`bool`, defaults to `False`): Leave out forwards in evaluation mode or without gradients.
+
+    Returns:
+        `ExitStack`: Holds the hooks.
+
+    Raises:
+        ValueError: There is no Chain-of-Experts model.
     """
 
-    def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if training_only and not module.training:
+    def ask(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if training_only and not is_training_pass(base):
             return None
         return args, kwargs | {"output_router_logits": True, "output_router_indices": True}
 
-    def pass_on(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if training_only and not module.training:
+    def pass_on(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if training_only and not is_training_pass(base):
             return
         if isinstance(output, tuple):
             raise ValueError("Routing is not recorded where `return_dict=False`. Leave it out while recording.")
+        hidden_states = output.last_hidden_state
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        token_mask = _token_mask(attention_mask, output.last_hidden_state.shape[1])
-        receive(output.router_indices, output.router_logits, token_mask)
+        token_mask = _token_mask(attention_mask, hidden_states.shape[1])
+        if token_mask is None:
+            token_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
+        receive(output.router_indices, output.router_logits, token_mask.flatten().ne(0))
 
-    base = _coe_model(model)
-    with (
-        base.register_forward_pre_hook(ask, with_kwargs=True),
-        base.register_forward_hook(pass_on, with_kwargs=True),
-    ):
-        yield
+    base, hooks = find_coe_model(model), ExitStack()
+    hooks.enter_context(base.register_forward_pre_hook(ask, with_kwargs=True))
+    hooks.enter_context(base.register_forward_hook(pass_on, with_kwargs=True))
+    return hooks
 
 
 @contextmanager
@@ -423,7 +438,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _run(model: nn.Module, batch: Batch) -> None:
-    device = _coe_model(model).device
+    device = find_coe_model(model).device
     model(**{name: tensor.to(device) for name, tensor in batch.items()})
 
 
@@ -461,7 +476,7 @@ def routing_stability(model_a: nn.Module, model_b: nn.Module, batches: Iterable[
     """
     layouts = []
     for model in (model_a, model_b):
-        config = _coe_model(model).config
+        config = find_coe_model(model).config
         layers = {i: (config.num_iterations(i), config.experts_per_iteration(i)) for i in config.sparse_layers}
         layouts.append((config.n_routed_experts, layers))
     if layouts[0] != layouts[1]:
@@ -485,284 +500,7 @@ def routing_stability(model_a: nn.Module, model_b: nn.Module, batches: Iterable[
 def _choices(model: nn.Module, batch: Batch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The experts (T, K) of every router call of one forward, and which of the T tokens count."""
     seen = []
-    with _watching_routers(model, lambda *call: seen.append(call)):
+    with watch_routers(model, lambda *call: seen.append(call)):
         _run(model, batch)
     ((indices, _, token_mask),) = seen
-    mask = torch.ones(len(indices[0])) if token_mask is None else token_mask.reshape(-1)
-    return indices, mask.bool().cpu()
-
-
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-class RoutingCallback(TrainerCallback):
-    """Logs routing statistics of the training tokens since the last log, with the training loss.
-
-        trainer = Trainer(model, args, train_dataset=data)
-        RoutingCallback.add_to(trainer)
-
-    For iteration t it logs `routing/iter{t}/{name}` for `max_vio`, `load_entropy`, `dead_share`, `margin` and, from
-    iteration 1, `reuse` (the share of its choices that the iteration before had made), each as the mean over layers,
-    and as `..._worst` that of the layer with the worst value. [`LayerRouting`] defines them. The number of keys does
-    not depend on the number of layers: at most 10 for each of the first `max_iterations` iterations. `aux_loss` is
-    logged too where the model returns one and nobody else logs it.
-
-    Evaluation, padding and recomputation under gradient checkpointing do not count; ranks are added up. Once each, it
-    warns when an expert is never chosen and when the load of a router collapses, looking at all iterations.
-
-    `Trainer(callbacks=[RoutingCallback()])` works too, but then the loggers of `report_to`, which run before callbacks
-    given that way, miss these keys; the progress bar and `log_history` have them.
-
-    Args:
-        max_iterations (`int`, defaults to 4): Iterations to log.
-        min_expected (`int`, defaults to 32): An expert that was not chosen since the last log counts as dead only
-            where uniform routing would have chosen it this many times, and a load as collapsed likewise.
-        collapse_entropy (`float`, defaults to 0.5): A load with a normalised entropy below this has collapsed.
-    """
-
-    def __init__(self, max_iterations: int = 4, min_expected: int = 32, collapse_entropy: float = 0.5):
-        self.max_iterations, self.min_expected, self.collapse_entropy = max_iterations, min_expected, collapse_entropy
-        self.statistics: RoutingStatistics | None = None
-        self.hooks = ExitStack()
-        self.warned: set[str] = set()
-
-    @classmethod
-    def add_to(cls, trainer: Any, **options: Any) -> "RoutingCallback":
-        """Adds a callback with these options to a `Trainer`, before its loggers, and returns it."""
-        callback = cls(**options)
-        trainer.callback_handler.callbacks.insert(0, callback)
-        return callback
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.on_train_end(args, state, control)  # an earlier run may have broken off
-        self.statistics = RoutingStatistics(_coe_model(model).config)
-        self.aux_loss_sum, self.num_forwards = torch.zeros(()), 0
-        self.hooks.enter_context(_watching_routers(model, self.statistics.update, training_only=True))
-        self.hooks.enter_context(model.register_forward_hook(self._add_aux_loss))
-
-    def _add_aux_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
-        aux_loss = getattr(output, "aux_loss", None)
-        if module.training and aux_loss is not None:
-            self.aux_loss_sum = self.aux_loss_sum + aux_loss.detach()
-            self.num_forwards += 1
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.statistics is None or "loss" not in (logs or {}):
-            return
-        self.statistics.all_reduce()
-        aux_loss = torch.tensor([float(self.aux_loss_sum), self.num_forwards])
-        _all_reduce([aux_loss])
-        if self.statistics.tokens:
-            metrics = self._metrics()
-            if aux_loss[1] and "aux_loss" not in logs:
-                metrics["aux_loss"] = float(aux_loss[0] / aux_loss[1])
-            logs.update(metrics)
-            # `Trainer` made its entry before it asked the callbacks.
-            if state.log_history and state.log_history[-1].get("step") == state.global_step:
-                state.log_history[-1].update(metrics)
-        if state.is_world_process_zero:
-            self._warn()
-        self.statistics.reset()
-        self.aux_loss_sum, self.num_forwards = torch.zeros(()), 0
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hooks.close()
-        self.statistics = None
-
-    def _metrics(self) -> dict[str, float]:
-        layers, metrics = self.statistics.layers.values(), {}
-        for t in range(min(self.max_iterations, max(layer.num_iterations for layer in layers))):
-            reached = [layer for layer in layers if layer.num_iterations > t]
-            for name, worst in LOGGED.items():
-                if name == "reuse" and t == 0:
-                    continue
-                values = torch.stack([getattr(layer, name)[t - (name == "reuse")] for layer in reached])
-                metrics[f"routing/iter{t}/{name}"] = values.mean().item()
-                metrics[f"routing/iter{t}/{name}_worst"] = getattr(values, worst)().item()
-        return metrics
-
-    def _warn(self) -> None:
-        if not self.statistics.tokens:
-            self._warn_once("nothing", f"No training forward was recorded. {_COMPILED}")
-        remedy = "Raise `aux_loss_alpha` or lower the learning rate; this is not repeated."
-        for layer_idx, layer in self.statistics.layers.items():
-            expected = layer.selections.cpu().double().mean(dim=-1)
-            dead, entropy = layer.selections.cpu().eq(0).sum(dim=-1), layer.load_entropy
-            for t in expected.ge(self.min_expected).nonzero().flatten().tolist():
-                where = f"Layer {layer_idx}, iteration {t}"
-                if dead[t]:
-                    self._warn_once(
-                        "dead",
-                        f"{where}: {dead[t]} of {layer.num_experts} experts were not chosen once, where uniform "
-                        f"routing would have chosen each {expected[t]:.0f} times. {remedy}",
-                    )
-                if entropy[t] < self.collapse_entropy:
-                    self._warn_once(
-                        "collapse",
-                        f"{where}: routing collapses, the normalised entropy of the load is {entropy[t]:.2f} and one "
-                        f"expert gets {layer.load[t].max():.0%} of all choices. {remedy}",
-                    )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self.warned:
-            self.warned.add(kind)
-            logger.warning(message)
-
-
-# ---- Command line ---------------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """What the user gave does not work; the message names it and the remedy."""
-
-
-FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="coe-routing",
-        description="Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, "
-        "load.png and transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model with its tokenizer")
-    parser.add_argument("data", metavar="DATA", help=f"{', '.join(FILE_FORMATS)} file, folder or Hub data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
-    parser.add_argument("--column", action="append", help="column with text; may be repeated (default: text)")
-    parser.add_argument("--split", default="train", help="split of a folder or Hub data set")
-    parser.add_argument("--config", help="configuration of a Hub data set")
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens to record, padding not counted")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text; the rest of it is left out")
-    parser.add_argument("--batch-size", type=int, default=8, help="texts per forward")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    for name in ("tokens", "length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more.")
-    return args
-
-
-def load_model(source: str) -> tuple[PreTrainedModel, Any]:
-    """The model and its tokenizer.
-
-    Raises:
-        InputError: They cannot be loaded, or it is no Chain-of-Experts model with sparse layers.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if not isinstance(config, CoeConfig) or not config.sparse_layers:
-            raise InputError(
-                f"MODEL {source} is a {config.model_type!r} model without chained experts. Give a CoE model."
-            )
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"MODEL {source} cannot be loaded with its tokenizer: {error}") from error
-
-
-def read_texts(source: str, columns: list[str], split: str, config: str | None) -> Iterator[str]:
-    """The texts of a file, folder or Hub data set, row by row; columns are joined by a line break.
-
-    Raises:
-        InputError: It cannot be read, or lacks a column.
-    """
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise InputError("Reading DATA needs `datasets`: pip install 'coe-transformers[train]'.") from error
-
-    path = Path(source)
-    if path.suffix in FILE_FORMATS and not path.exists():
-        raise InputError(f"DATA {source} does not exist. Give an existing file, or the name of a data set.")
-    if path.is_file() and path.suffix not in FILE_FORMATS:
-        raise InputError(f"DATA {source} is no {', '.join(FILE_FORMATS)} file. Convert it to one of them.")
-    try:
-        if path.is_file():
-            name = FILE_FORMATS[path.suffix]
-            rows = load_dataset(name, data_files=str(path), split="train", streaming=True)
-        else:
-            rows = load_dataset(source, config, split=split, streaming=True)
-        for row in rows:
-            if missing := [column for column in columns if column not in row]:
-                raise InputError(f"DATA {source} has no column {missing[0]!r}. Set --column to one of {sorted(row)}.")
-            yield "\n".join(str(row[column]) for column in columns if row[column] is not None)
-    except InputError:
-        raise
-    except (DatasetsError, OSError, ValueError) as error:
-        raise InputError(
-            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {error}"
-        ) from error
-
-
-def make_batches(
-    texts: Iterable[str], tokenizer: Any, *, batch_size: int, length: int, num_tokens: int
-) -> Iterator[Batch]:
-    """Batches of texts with their attention masks, padded on the right, with exactly `num_tokens` tokens in all where
-    the texts have as many."""
-    texts = filter(None, texts)
-    while num_tokens and (group := list(islice(texts, batch_size))):
-        rows = []
-        for ids in tokenizer(group, truncation=True, max_length=length)["input_ids"]:
-            ids = ids[:num_tokens]
-            num_tokens -= len(ids)
-            if ids:
-                rows.append(torch.tensor(ids))
-        if rows:
-            yield {
-                "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True),
-                "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-            }
-
-
-def report(args: argparse.Namespace) -> None:
-    """Records, writes and prints what the command line asks for."""
-    try:
-        from . import plots
-    except ImportError as error:
-        raise InputError("The pictures need `matplotlib`: pip install 'coe-transformers[train]'.") from error
-    model, tokenizer = load_model(args.model)
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"The tokenizer of MODEL {args.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}. "
-            "Save the tokenizer it was trained with in its folder."
-        )
-    texts = read_texts(args.data, args.column or ["text"], args.split, args.config)
-    batches = make_batches(texts, tokenizer, batch_size=args.batch_size, length=args.length, num_tokens=args.tokens)
-    with tqdm(total=args.tokens, unit=" tokens", unit_scale=True) as bar:
-        routing = measure_routing(model.to(args.device), _show_progress(batches, bar))
-    if not routing.tokens:
-        raise InputError(f"DATA {args.data} holds no text. Give data with text, or another --column.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = {"model": args.model, "data": args.data} | routing.summary()
-    (args.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-    print(routing)
-    plots.plot_load(routing, args.out / "load.png")
-    if any(layer.num_iterations > 1 for layer in routing.layers.values()):
-        plots.plot_transitions(routing, args.out / "transitions.png")
-    state = Path(args.model) / "trainer_state.json"
-    if state.is_file():
-        try:
-            plots.plot_training(state, args.out / "training.png")
-        except ValueError as error:
-            print(f"There is no training.png: {error}", file=sys.stderr)
-
-
-def _show_progress(batches: Iterable[Batch], bar: tqdm) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        bar.update(int(batch["attention_mask"].sum()))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`coe-routing`."""
-    try:
-        report(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    return indices, token_mask.cpu()

@@ -295,7 +295,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
 
 
 # What a saved folder needs to load where this package is not installed.
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_coe.CoeConfig",
     "AutoModel": "modeling_coe.CoeModel",
     "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
@@ -360,7 +360,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing, and
         a model card unless it has one."""
         if self._model_class().__module__ == __name__:  # the code of a subclass elsewhere is its author's to map
-            self.config.auto_map = dict(_AUTO_MAP)
+            self.config.auto_map = dict(AUTO_MAP)
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
         in_place = push_to_hub or kwargs.get("distributed_checkpoint", False)
         if in_place or not self.should_save_on_this_rank(is_main_process):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modeling_coe.diagnostics import RoutingCallback, RoutingStatistics, record_routing
+from modeling_coe.diagnostics import RoutingStatistics, record_routing
 
 from .helpers import random_ids, tiny_model
 
@@ -50,7 +50,9 @@ def trainer(folder, model, cls=None, callbacks=(), **options):
 
 
 def main(folder: Path) -> None:
-    loaded = sorted({"matplotlib", "datasets", "transformers.trainer"} & set(sys.modules))
+    loaded = sorted({"matplotlib", "datasets", "transformers.trainer_callback"} & set(sys.modules))
+    from modeling_coe.callbacks import RoutingCallback
+
     run = trainer(folder, tiny_model(), logging_steps=1, max_steps=2)
     RoutingCallback.add_to(run)
     run.train()  # has initialised the process group

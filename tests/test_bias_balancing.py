@@ -154,7 +154,7 @@ def test_load_becomes_more_even():
     [
         (lambda: tiny_model(), 1e-3, r"`topk_method='greedy'`.*aux_loss_alpha"),
         (lambda: aux_free_model(n_routed_experts=None), 1e-3, "0 sparse layers"),
-        (lambda: torch.nn.Linear(2, 2), 1e-3, "Linear without a Chain-of-Experts model"),
+        (lambda: torch.nn.Linear(2, 2), 1e-3, "no Chain-of-Experts model in this Linear"),
         (lambda: aux_free_model(), 0.0, r"`speed` is 0.0; it must be greater than 0"),
     ],
 )

@@ -16,15 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from modeling_coe import CoeForSequenceClassification
-from modeling_coe.diagnostics import (
-    RoutingCallback,
-    RoutingStatistics,
-    main,
-    measure_routing,
-    record_routing,
-    routing_stability,
-)
+from modeling_coe.callbacks import RoutingCallback
+from modeling_coe.diagnostics import RoutingStatistics, measure_routing, record_routing, routing_stability
 from modeling_coe.plots import plot_load, plot_training, plot_transitions
+from modeling_coe.routing_cli import main
 
 from .diagnostics_worker import MIXED, trainer
 from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model, torchrun
@@ -282,6 +277,18 @@ def test_checkpointing_does_not_count_twice(checkpointing):
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "experts" in name)
 
 
+def test_recording_training_passes_only():
+    model = tiny_model()
+    input_ids = random_ids(2, 5)
+    with record_routing(model, training_only=True) as statistics:
+        model(input_ids)
+        model.train()(input_ids)
+        with torch.no_grad():
+            model(input_ids)
+        model.generate(input_ids, max_new_tokens=2, do_sample=False)
+    assert statistics.tokens == input_ids.numel()
+
+
 def test_recording_generation():
     model = tiny_model()
     prompts = random_ids(2, 6)
@@ -487,7 +494,7 @@ def test_callback_changes_nothing_but_the_log(tmp_path):
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "modeling_coe.diagnostics"]
+    return [record.message for record in caplog.records if record.name == "modeling_coe.callbacks"]
 
 
 def test_callback_warns_once_when_experts_die_and_routing_collapses(tmp_path, caplog):
@@ -658,7 +665,7 @@ def test_command_from_the_shell(saved, rows, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
     options = ["--column", "question", "--column", "answer", "--batch-size", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["coe-routing", str(saved), str(rows), "--out", str(out), *options])
-    runpy.run_module("modeling_coe.diagnostics", run_name="__main__")
+    runpy.run_module("modeling_coe.routing_cli", run_name="__main__")
     written = json.loads((out / "routing.json").read_text())
     assert (written.pop("model"), written.pop("data")) == (str(saved), str(rows))
     assert_same(written, expected_summary([ids_of(row) for row in ROWS]))

@@ -1,0 +1,186 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Command line of `coe-routing`, which `python -m modeling_coe.routing_cli` runs too."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .configuration_coe import CoeConfig
+from .diagnostics import Batch, measure_routing
+
+
+class InputError(ValueError):
+    """What the user gave does not work; the message names it and the remedy."""
+
+
+FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="coe-routing",
+        description="Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, "
+        "load.png and transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model with its tokenizer")
+    parser.add_argument("data", metavar="DATA", help=f"{', '.join(FILE_FORMATS)} file, folder or Hub data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("--column", action="append", help="column with text; may be repeated (default: text)")
+    parser.add_argument("--split", default="train", help="split of a folder or Hub data set")
+    parser.add_argument("--config", help="configuration of a Hub data set")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens to record, padding not counted")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a text; the rest of it is left out")
+    parser.add_argument("--batch-size", type=int, default=8, help="texts per forward")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for name in ("tokens", "length", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more.")
+    return args
+
+
+def load_model(source: str) -> tuple[PreTrainedModel, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        InputError: They cannot be loaded, or it is no Chain-of-Experts model with sparse layers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if not isinstance(config, CoeConfig) or not config.sparse_layers:
+            raise InputError(
+                f"MODEL {source} is a {config.model_type!r} model without chained experts. Give a CoE model."
+            )
+        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"MODEL {source} cannot be loaded with its tokenizer: {error}") from error
+
+
+def read_texts(source: str, columns: list[str], split: str, config: str | None) -> Iterator[str]:
+    """The texts of a file, folder or Hub data set, row by row; columns are joined by a line break.
+
+    Raises:
+        InputError: It cannot be read, or lacks a column.
+    """
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise InputError("Reading DATA needs `datasets`: pip install 'coe-transformers[train]'.") from error
+
+    path = Path(source)
+    if path.suffix in FILE_FORMATS and not path.exists():
+        raise InputError(f"DATA {source} does not exist. Give an existing file, or the name of a data set.")
+    if path.is_file() and path.suffix not in FILE_FORMATS:
+        raise InputError(f"DATA {source} is no {', '.join(FILE_FORMATS)} file. Convert it to one of them.")
+    try:
+        if path.is_file():
+            name = FILE_FORMATS[path.suffix]
+            rows = load_dataset(name, data_files=str(path), split="train", streaming=True)
+        else:
+            rows = load_dataset(source, config, split=split, streaming=True)
+        for row in rows:
+            if missing := [column for column in columns if column not in row]:
+                raise InputError(f"DATA {source} has no column {missing[0]!r}. Set --column to one of {sorted(row)}.")
+            yield "\n".join(str(row[column]) for column in columns if row[column] is not None)
+    except InputError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:
+        raise InputError(
+            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {error}"
+        ) from error
+
+
+def make_batches(
+    texts: Iterable[str], tokenizer: Any, *, batch_size: int, length: int, num_tokens: int
+) -> Iterator[Batch]:
+    """Batches of texts with their attention masks, padded on the right, with exactly `num_tokens` tokens in all where
+    the texts have as many."""
+    texts = filter(None, texts)
+    while num_tokens and (group := list(islice(texts, batch_size))):
+        rows = []
+        for ids in tokenizer(group, truncation=True, max_length=length)["input_ids"]:
+            ids = ids[:num_tokens]
+            num_tokens -= len(ids)
+            if ids:
+                rows.append(torch.tensor(ids))
+        if rows:
+            yield {
+                "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True),
+                "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            }
+
+
+def report(args: argparse.Namespace) -> None:
+    """Records, writes and prints what the command line asks for."""
+    try:
+        from . import plots
+    except ImportError as error:
+        raise InputError("The pictures need `matplotlib`: pip install 'coe-transformers[train]'.") from error
+    model, tokenizer = load_model(args.model)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"The tokenizer of MODEL {args.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}. "
+            "Save the tokenizer it was trained with in its folder."
+        )
+    texts = read_texts(args.data, args.column or ["text"], args.split, args.config)
+    batches = make_batches(texts, tokenizer, batch_size=args.batch_size, length=args.length, num_tokens=args.tokens)
+    with tqdm(total=args.tokens, unit=" tokens", unit_scale=True) as bar:
+        routing = measure_routing(model.to(args.device), _show_progress(batches, bar))
+    if not routing.tokens:
+        raise InputError(f"DATA {args.data} holds no text. Give data with text, or another --column.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = {"model": args.model, "data": args.data} | routing.summary()
+    (args.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    print(routing)
+    plots.plot_load(routing, args.out / "load.png")
+    if any(layer.num_iterations > 1 for layer in routing.layers.values()):
+        plots.plot_transitions(routing, args.out / "transitions.png")
+    state = Path(args.model) / "trainer_state.json"
+    if state.is_file():
+        try:
+            plots.plot_training(state, args.out / "training.png")
+        except ValueError as error:
+            print(f"There is no training.png: {error}", file=sys.stderr)
+
+
+def _show_progress(batches: Iterable[Batch], bar: tqdm) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        bar.update(int(batch["attention_mask"].sum()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`coe-routing`."""
+    try:
+        report(parse_arguments(argv))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
