@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from benchmarks.paper.experiments import (
     paper_loss,
 )
 from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
-from benchmarks.paper.runs import SCALES, TUNING_SEED, Run, plan, tuning_runs
+from benchmarks.paper.runs import SCALES, TIMING_SEED, Run, plan, tuning_runs
 from modeling_coe import CoeConfig
 from tests.helpers import RESIDUAL_FLAGS, random_ids, tiny_config
 
@@ -104,7 +105,7 @@ def finished(losses: dict[Arm, list[float]], experiment=FIGURE_3A, rate: float =
             line(Run(scale, arm, rate, seed), [[0, 6.0], [scale.steps, value]])
             for seed, value in zip(scale.seeds, values, strict=False)
         ]
-        lines.append(line(Run(scale, arm.model, 0.0, TUNING_SEED, kind="timing"), []))
+        lines.append(line(Run(scale, arm.model, 0.0, TIMING_SEED, kind="timing"), []))
     return {entry["id"]: entry for entry in lines}
 
 
@@ -170,32 +171,42 @@ class TestTable:
         assert trained == wanted and {made.arm for made in stages["timing"]} == {arm.model for arm in ARMS}
 
     def test_the_grid_comes_first_and_only_the_baselines_decide(self):
-        stages, complete = plan(SMOKE, {})
+        scale = replace(SMOKE, tuning_seeds=(0, 9))
+        stages, complete = plan(scale, {})
         assert not complete and not stages["figure_3a"]
         grid = stages["learning_rate"]
         assert {made.arm for made in grid} == set(BASELINES) == {moe(OFFICIAL), moe(PRENORM)}
-        assert {made.seed for made in grid} == {TUNING_SEED} and TUNING_SEED not in SMOKE.seeds
-        losses = {(OFFICIAL, 1e-3): 1.0, (OFFICIAL, 4e-3): 1.3, (PRENORM, 1e-3): 1.2, (PRENORM, 4e-3): 1.0}
-        results = {made.id: line(made, [[4, losses[made.arm.residual, made.lr]]]) for made in grid}
-        stages, complete = plan(SMOKE, results)
+        assert {made.seed for made in grid} == {0, 9} and not {0, 9} & {*scale.seeds}
+        # The first seed alone would choose the other rate.
+        losses = {(OFFICIAL, 1e-3): 1.0, (OFFICIAL, 4e-3): 1.3, (PRENORM, 1e-3): 1.4, (PRENORM, 4e-3): 1.0}
+        offsets = {(9, 1e-3): -0.2}
+        results = {
+            made.id: line(made, [[4, losses[made.arm.residual, made.lr] + offsets.get((made.seed, made.lr), 0)]])
+            for made in grid
+        }
+        stages, complete = plan(scale, results)
         assert complete and {made.lr for made in stages["figure_3a"]} == {1e-3}
         diverged = {
             id: entry | {"held_out": {"numbers": [[4, None]]}}
             for id, entry in results.items()
             if entry["settings"]["lr"] == 1e-3
         }
-        stages, _ = plan(SMOKE, results | diverged)
+        stages, _ = plan(scale, results | diverged)
         assert {made.lr for made in stages["figure_3a"]} == {4e-3}
 
     def test_own_learning_rates(self):
         scale = replace(SMOKE, experiments=("own_learning_rates",))
         stages, complete = plan(scale, {}, assumed_rate=1e-3)
-        own = [made for made in stages["own_learning_rates"] if made.seed == TUNING_SEED]
+        own = [made for made in stages["own_learning_rates"] if made.seed in scale.tuning_seeds]
         assert {made.arm for made in own} == {coe(OFFICIAL, 2, 4), coe(PRENORM, 2, 4)}
         grid = stages["learning_rate"] + own
         results = {made.id: line(made, [[4, made.lr if made.arm.iterations == 1 else -made.lr]]) for made in grid}
         stages, complete = plan(scale, results)
-        rates = {(made.arm.iterations, made.lr) for made in stages["own_learning_rates"] if made.seed != TUNING_SEED}
+        rates = {
+            (made.arm.iterations, made.lr)
+            for made in stages["own_learning_rates"]
+            if made.seed not in scale.tuning_seeds
+        }
         assert complete and rates == {(1, 1e-3), (2, 4e-3)}
 
     def test_paper_figures(self):
@@ -305,11 +316,11 @@ class TestStatistics:
                 (Run(SMOKE, single, 1e-3, 1), [[0, 10.0], [4, 4.0]]),
             )
         }
-        timing = Run(SMOKE, chain.model, 0.0, TUNING_SEED, kind="timing")
+        timing = Run(SMOKE, chain.model, 0.0, TIMING_SEED, kind="timing")
         known[timing.id] = line(timing, [], ratio={"median": 1.6})
         contrast = Contrast(chain, single)
         assert Evidence(SMOKE, known).differences(contrast, "seconds") == []  # the other was not timed
-        timing = Run(SMOKE, single.model, 0.0, TUNING_SEED, kind="timing")
+        timing = Run(SMOKE, single.model, 0.0, TIMING_SEED, kind="timing")
         known[timing.id] = line(timing, [], ratio={"median": 1.0})
         evidence = Evidence(SMOKE, known)
         assert evidence.differences(contrast, "steps") == [2.0 - 4.0]
@@ -391,7 +402,7 @@ def few_texts():
     """Makes tokenizers from few texts, on one thread."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.pretrain, "TOKENIZER_EXAMPLES", 200)
+        patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
         yield
     torch.set_num_threads(threads)
 
@@ -421,7 +432,7 @@ class TestWorker:
         assert results.differing_figures(first, second) == {chain.id: ["routing"]}
 
     def test_timing(self, few_texts, tmp_path):
-        made = Run(SMOKE, coe(PRENORM, 2, 4, variant="renorm"), 0.0, TUNING_SEED, kind="timing")
+        made = Run(SMOKE, coe(PRENORM, 2, 4, variant="renorm"), 0.0, TIMING_SEED, kind="timing")
         found = self.lines(tmp_path, made)[made.id]
         assert found["ratio"]["min"] > 0 and len(found["seconds_per_step"]["reference"]) == SMOKE.timed_steps
 
@@ -540,7 +551,10 @@ class TestRunner:
     def test_dry_run(self, tmp_path, capsys):
         run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run"])
         output = capsys.readouterr().out
-        assert "240 of 240 runs to go" in output and "MoE(24/64) prenorm, arithmetic, lr 0.004, seed 3" in output
+        assert (
+            re.search(r"(\d{3}) of \1 runs to go", output)
+            and "MoE(24/64) prenorm, arithmetic, lr 0.004, seed 3" in output
+        )
         known = finished({moe(OFFICIAL): [1.0, 1.0]}, scale=CPU)
         for entry in known.values():
             results.append(results.path_of("cpu", tmp_path), entry)

@@ -32,7 +32,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from benchmarks.paper.experiments import BASELINES, Arm, Contrast, paper_loss
-from benchmarks.paper.runs import TUNING_SEED, Run, Scale, learning_rate
+from benchmarks.paper.runs import TIMING_SEED, Run, Scale, learning_rate
 from benchmarks.upcycling import interval
 
 
@@ -133,9 +133,9 @@ class Evidence:
 
     @cached_property
     def seeds(self) -> list[int]:
-        """All seeds that there are runs of, but for that of the learning rate's grid."""
-        seeds = {result["settings"].get("seed", TUNING_SEED) for result in self.results.values()}
-        return sorted(seeds - {TUNING_SEED})
+        """All seeds that there are runs of, but for those of the learning rate's grid."""
+        settings = (result["settings"] for result in self.results.values())
+        return sorted({each["seed"] for each in settings if "seed" in each}.difference(self.scale.tuning_seeds))
 
     def runs(self, arm: Arm) -> dict[int, dict[str, Any]]:
         """Finished runs of an arm by seed."""
@@ -168,7 +168,7 @@ class Evidence:
 
     def timing(self, arm: Arm) -> dict[str, Any] | None:
         """The timing of an arm's training step."""
-        return self.results.get(Run(self.scale, arm.model, 0.0, TUNING_SEED, kind="timing").id)
+        return self.results.get(Run(self.scale, arm.model, 0.0, TIMING_SEED, kind="timing").id)
 
     def cost(self, arm: Arm, measure: str) -> float | None:
         """What a training step of an arm costs, in units that differ by measure; `None` where it was not measured."""

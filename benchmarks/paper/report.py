@@ -39,7 +39,7 @@ from benchmarks.paper.experiments import (
     moe,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
-from benchmarks.paper.runs import SCALES, plan, tuning_runs
+from benchmarks.paper.runs import SCALES, Run, final_loss, plan, tuning_runs
 from configuration_coe import CoeConfig
 
 
@@ -207,28 +207,33 @@ def claim_row(name: str, comparison: Comparison) -> list[str]:
     ]
 
 
+def mean_loss(evidence: Evidence, runs: list[Run]) -> float | None:
+    """The mean of last losses, infinite where one diverged; `None` while a run is missing."""
+    if any(run.id not in evidence.results for run in runs):
+        return None
+    return statistics.fmean(final_loss(evidence.results[run.id]) for run in runs)
+
+
 def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
-    scale = evidence.scale
+    scale, rates = evidence.scale, evidence.scale.learning_rates
     arms = [arm.model for name in scale.experiments for arm in EXPERIMENTS[name].arms if arm.own_lr]
     rows = []
     for arm in dict.fromkeys((*BASELINES, *arms)):
-        found = [evidence.results.get(run.id) for run in tuning_runs(scale, [arm])]
-        losses = [result and evidence.final(result) for result in found]
+        losses = [mean_loss(evidence, [run for run in tuning_runs(scale, [arm]) if run.lr == rate]) for rate in rates]
         best = min(filter(None, losses), default=None)
-        shown = [
-            "diverged" if result and loss is None else number(loss) for result, loss in zip(found, losses, strict=True)
-        ]
+        shown = ["diverged" if loss == float("inf") else number(loss) for loss in losses]
         rows.append([arm.label, *(f"**{text}**" if text == number(best) else text for text in shown)])
+    seeds = f"{len(scale.tuning_seeds)} seeds that no other run has" if len(scale.tuning_seeds) > 1 else "one seed"
     lines = [
-        "One seed that no other run has. The rate with the lowest mean over the two baselines (the first two rows) is "
+        f"Means of {seeds}. The rate with the lowest mean over the two baselines (the first two rows) is "
         "that of all runs but those with their own.",
         "",
-        *table(("held-out loss", *(f"{rate:g}" for rate in scale.learning_rates)), rows),
+        *table(("held-out loss", *(f"{rate:g}" for rate in rates)), rows),
     ]
     if (chosen := evidence.rate) is None:
         return [*lines, "Not chosen yet.", ""]
-    edge = chosen in (min(scale.learning_rates), max(scale.learning_rates))
+    edge = chosen in (min(rates), max(rates))
     return [*lines, f"Chosen: {chosen:g}{', which lies at the edge of the grid' if edge else ''}.", ""]
 
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, Arm
 
 
-TUNING_SEED = 0  # of no other run
+TIMING_SEED = 0
 Kind = Literal["train", "timing"]
 
 
@@ -71,6 +71,7 @@ class Scale:
         shape (`dict[str, int]`): Options of `examples/pretrain.py` that all arms share.
         layers (`int`): Of an arm with `depth=1`.
         learning_rates (`tuple[float, ...]`): The grid.
+        tuning_seeds (`tuple[int, ...]`): Seeds of the grid, which no other run has.
         seeds (`tuple[int, ...]`): As many as the experiments with most seeds want.
         data (`dict[str, Data]`): Those of the arms' `data`.
         experiments (`tuple[str, ...]`): Names, all by default.
@@ -86,6 +87,7 @@ class Scale:
     learning_rates: tuple[float, ...]
     data: dict[str, Data]
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    tuning_seeds: tuple[int, ...] = (0,)
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
     minutes: float = 1.0
     jobs: int = 1
@@ -140,7 +142,8 @@ SCALES = {
             "hours on two CPU cores",
             _shape(hidden=64, heads=4, vocab=1024, block=128, batch=8, steps=500, evals=10, eval_blocks=128),
             layers=4,
-            learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            learning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+            tuning_seeds=(0, 100, 200),
             data={"main": ARITHMETIC, "second": GSM8K},
             minutes=2.6,
             jobs=2,
@@ -251,11 +254,11 @@ def final_loss(result: Mapping[str, Any]) -> float:
 
 def tuning_runs(scale: Scale, arms: Iterable[Arm]) -> list[Run]:
     """The grid of learning rates."""
-    return [Run(scale, arm, lr, TUNING_SEED) for arm, lr in product(arms, scale.learning_rates)]
+    return [Run(scale, arm, lr, seed) for arm, lr, seed in product(arms, scale.learning_rates, scale.tuning_seeds)]
 
 
 def best_rate(scale: Scale, results: Mapping[str, Any], arms: Iterable[Arm]) -> float | None:
-    """The learning rate of the grid with the lowest mean loss over arms; `None` while a run of theirs is missing."""
+    """The learning rate of the grid with the lowest mean loss over arms and seeds; `None` while a run is missing."""
     runs = tuning_runs(scale, arms)
     if any(run.id not in results for run in runs):
         return None
@@ -302,7 +305,7 @@ def plan(
             stage += [Run(scale, arm, rates[arm], seed) for arm in experiment.arms]
     if complete:
         models = dict.fromkeys(arm.model for experiment in experiments for arm in experiment.arms)
-        stages["timing"] = [Run(scale, model, 0.0, TUNING_SEED, kind="timing") for model in models]
+        stages["timing"] = [Run(scale, model, 0.0, TIMING_SEED, kind="timing") for model in models]
     seen: set[str] = set()
     for name, stage in stages.items():
         stages[name] = [run for run in {run.id: run for run in stage}.values() if run.id not in seen]
