@@ -138,7 +138,7 @@ def convert(
         _judge(plan, verification)
         report = make_report(plan, name, verification)
         write_report(report, staging)
-        write_card(plan, name, folder, report, staging)
+        write_card(plan, name, folder, report, staging, push or out.resolve().name)
     if push is not None:
         _push(out, push)
     return report

@@ -24,13 +24,11 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+import model_cards
 from configuration_coe import CoeConfig
 
 from .plan import Plan
 from .verify import Verification
-
-
-REPORT_NAME = "conversion_report.json"
 
 
 def figures(config: CoeConfig) -> dict[str, int]:
@@ -113,61 +111,38 @@ def describe(plan: Plan) -> str:
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes `conversion_report.json`."""
-    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    (folder / model_cards.REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, Any], folder: Path) -> None:
-    """Writes README.md, the model card, with the licence of the source's."""
+def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, Any], folder: Path, name: str) -> None:
+    """Writes README.md, the model card, with the licence and language of the source's.
+
+    Args:
+        plan (`Plan`): The conversion.
+        source (`str`): The source's name.
+        source_folder (`Path`): Where it lies.
+        report (`dict[str, Any]`): What `make_report` returned.
+        folder (`Path`): Where to write to.
+        name (`str`): What the result will be called.
+    """
     carried = _card_data(source_folder)
-    is_on_hub = "/" in source
-    is_chain = plan.options.to == "coe"
-    data = ModelCardData(
-        base_model=source if is_on_hub else carried.get("base_model"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["chain-of-experts", "mixture-of-experts"] if is_chain else ["mixture-of-experts"],
-        **{name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried},
-    )
-    before, verification = report["before"], report["verification"]
-    link = f"[{source}](https://huggingface.co/{source})" if is_on_hub else f"`{source}`"
-    lines = [
-        f"# {_title(plan)}",
-        "",
-        f"Converted from {link}. It {'computes the same function' if plan.exact else 'does NOT compute the same'}: "
-        f"{plan.explanation}.",
-        "",
-        *(f"{remark}\n" for remark in plan.remarks),
-        "| | before | after |",
-        "| --- | ---: | ---: |",
-        *(f"| {name.replace('_', ' ')} | {value:,} | {report['after'][name]:,} |" for name, value in before.items()),
-        "",
-        f"Verified on {verification['tokens']} tokens ({verification['text']}) in {verification['precision']}:",
-        "",
-        "| logits | |",
-        "| --- | ---: |",
-        f"| largest difference | {verification['max_abs_difference']:.2e} |",
-        f"| mean difference | {verification['mean_abs_difference']:.2e} |",
-        f"| largest logit | {verification['max_abs_logit']:.3g} |",
-        f"| argmax agreement | {verification['argmax_agreement']:.2%} |",
-        "",
-        f"What became of every tensor is in `{REPORT_NAME}`.",
-    ]
-    if is_chain:
-        lines += [
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)',
-            "```",
-        ]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
+    base_model = source if "/" in source else carried.get("base_model")
+    kept = {name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried}
+    if plan.options.to == "coe":
+        data, text = ModelCardData(**kept), ""
+    else:
+        data = ModelCardData(base_model=base_model, library_name="transformers", tags=["mixture-of-experts"], **kept)
+        text = model_cards.origin(report, base_model)
+    path = folder / model_cards.CARD_NAME
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_title(plan)}\n\n{text}\n").save(path)
+    if plan.options.to == "coe":
+        model_cards.write(plan.after, folder, name=name, base_model=base_model, conversion_report=report)
 
 
 def _card_data(folder: Path) -> dict[str, Any]:
     """Metadata of a folder's model card, empty where there is none that can be read."""
     try:
-        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        return ModelCard.load(folder / model_cards.CARD_NAME, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # a broken card is no reason not to convert a model
         return {}
 

@@ -13,7 +13,8 @@
 # limitations under the License.
 """Model cards of Chain-of-Experts models: what a model is, how it was made and how to load it."""
 
-from .cards import attach, render, write
+from .cards import CARD_NAME, REPORT_NAME, attach, render, write
+from .facts import origin
 
 
-__all__ = ["attach", "render", "write"]
+__all__ = ["CARD_NAME", "REPORT_NAME", "attach", "origin", "render", "write"]

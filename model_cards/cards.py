@@ -125,7 +125,7 @@ def render(
         adapter=adapter,
         location=repo_id or name,
         prompt=prompt,
-        origin=facts.origin(base_models, report),
+        origin=facts.origin(report, base_models),
         training=facts.training(training_args, config, datasets) if training_args is not None else {},
         evaluation=[
             (

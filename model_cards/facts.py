@@ -14,6 +14,7 @@
 """What a model card says about a Chain-of-Experts model, as tables and sentences made from its configuration."""
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from itertools import groupby
 from pathlib import PurePath
@@ -129,9 +130,14 @@ def training(args: "TrainingArguments", config: CoeConfig, datasets: list[str]) 
     return facts
 
 
-def origin(base_models: list[str], report: dict[str, Any]) -> str:
-    """Which model this one was made from and, from a conversion's report, how faithfully. Empty where neither is
-    known."""
+def origin(report: dict[str, Any], base_models: str | Sequence[str] | None = None) -> str:
+    """Which model another was made from and, from a conversion's report, how faithfully; empty where neither is known.
+
+    Args:
+        report (`dict[str, Any]`): What the conversion wrote about itself, if there was one.
+        base_models (`str` or `Sequence[str]`, *optional*): Names on the Hub; the report's source by default.
+    """
+    base_models = [base_models] if isinstance(base_models, str) else base_models or []
     source = report.get("source")
     name = source.get("name") if isinstance(source, dict) else source
     names = [_link(base_model) for base_model in base_models]

@@ -256,7 +256,7 @@ def test_inexact_conversions_say_so(sources, tmp_path, capsys, name, options, re
     report = convert(sources(name), tmp_path / "out", options, verify_tokens=24)
     assert not report["exact"] and reason in report["explanation"]
     assert report["verification"]["max_abs_difference"] > report["verification"]["tolerance"]
-    assert "does NOT compute the same" in (tmp_path / "out" / "README.md").read_text()
+    assert "does **not** compute the same" in (tmp_path / "out" / "README.md").read_text()
     load(tmp_path / "out")
 
 
@@ -410,7 +410,7 @@ def test_other_backbones_are_no_official_models(chains, tmp_path):
 
 def test_result_is_complete(sources, tmp_path):
     source, out = sources("qwen3_moe"), tmp_path / "out"
-    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Source\n")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\nlanguage: [en]\n---\n# Source\n")
     report = convert(source, out, verify_tokens=24, max_shard_size="30KB")
     assert json.loads((out / "conversion_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["verification"]["tokens"] == 24 and report["verification"]["text"] == "the package's text"
@@ -431,8 +431,9 @@ def test_result_is_complete(sources, tmp_path):
     assert load(out).generation_config.temperature == 0.6
 
     card = ModelCard.load(out / "README.md")
-    assert card.data.license == "apache-2.0" and "chain-of-experts" in card.data.tags
-    for text in ("`split`", "C=2", "K=2 of 8", source.name, "largest difference", "argmax agreement"):
+    assert card.data.license == "other" and "chain-of-experts" in card.data.tags
+    assert card.data.language == ["en"] and card.data.license_name == "theirs"
+    for text in ("`split`", "C=2", "K=2 of 8", source.name, "max abs difference", "argmax agreement"):
         assert text in card.content, text
     assert str(source.parent) not in card.content
 
@@ -503,7 +504,7 @@ def test_source_on_the_hub(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(converter, "snapshot_download", download)
     report = convert("someone/model", tmp_path / "out", verify_tokens=4)
     assert report["source"]["name"] == "someone/model"
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "someone/model"
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == ["someone/model"]
 
 
 def test_push(sources, tmp_path, monkeypatch):
