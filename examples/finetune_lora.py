@@ -1,0 +1,192 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tunes a Chain-of-Experts model with LoRA adapters and transformers' `Trainer`.
+
+    python examples/finetune_lora.py --model runs/demo/model --output-dir runs/lora \
+        --data train.parquet --eval-data test.parquet --r 4 --expert-r 1
+
+Attention, shared experts and routed experts are adapted, the latter at a rank of their own, since there are many of
+them. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
+
+    run.json        the settings, and a fingerprint of the data, that a resumed run must share
+    checkpoint-N/   the two newest checkpoints, of the adapter alone
+    adapter/        the trained adapter, to be loaded onto the model it was trained on
+    model/          model and adapter merged: no more expensive than the model was
+    results.json    held-out losses, exact match, sample solutions, the log of every step
+    loss_curve.png  the losses as a picture
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from answers import solve
+from corpus import (
+    Blocks,
+    add_block_options,
+    add_data_options,
+    check_data_options,
+    encode_prompts,
+    fingerprint_of,
+    load_corpus,
+    load_tokenizer,
+    pack_corpus,
+)
+from peft import PeftModel, get_peft_model
+from report import held_out_table, report
+from run_folder import (
+    InputError,
+    add_run_options,
+    check_output_dir,
+    check_positive,
+    check_run_options,
+    checkpoint_step,
+    open_run,
+)
+from training import (
+    Run,
+    Stopwatch,
+    add_generation_options,
+    add_training_options,
+    check_training_options,
+    finished_run,
+    given_config,
+    given_model,
+    logit_difference,
+    training_arguments,
+)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked without data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_run_options(parser)
+    add_data_options(parser)
+    add_block_options(parser)
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
+    adapter.add_argument("--r", type=int, default=8, help="rank of the adapters")
+    adapter.add_argument("--expert-r", type=int, help="rank of the routed experts' adapters; --r if not given")
+    adapter.add_argument("--alpha", type=int, default=16, help="lora_alpha: adapters are scaled by alpha / r")
+    adapter.add_argument("--routers", action="store_true", help="adapt the routers too")
+    add_training_options(parser, steps=400, lr=2e-3, warmup_steps=20)
+    add_generation_options(parser)
+
+    args = parser.parse_args(argv)
+    check_run_options(args)
+    check_data_options(args)
+    check_training_options(args)
+    check_positive(args, "block_size", "eval_blocks", "num_problems", "max_new_tokens", "r", "alpha")
+    if args.expert_r is not None:
+        check_positive(args, "expert_r")
+    return args
+
+
+def train(
+    args: argparse.Namespace,
+    config: CoeConfig,
+    train_blocks: torch.Tensor,
+    held_out_blocks: dict[str, torch.Tensor],
+    checkpoint: Path | None,
+) -> Run:
+    """Trains an adapter from the start, or from a checkpoint, to the last step."""
+    base = given_model(args.model, config)
+    if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
+        return finished_run(PeftModel.from_pretrained(base, checkpoint, is_trainable=True), checkpoint)
+    set_seed(args.seed)
+    adapters = lora_config(base, r=args.r, expert_r=args.expert_r, lora_alpha=args.alpha, routers=args.routers)
+    model = get_peft_model(base, adapters)
+    print(describe_adapter(model))
+    stopwatch = Stopwatch()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
+        train_dataset=Blocks(train_blocks),
+        eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
+        callbacks=[stopwatch],
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
+    return Run(model, trainer.state.log_history, tokens / stopwatch.seconds)
+
+
+def describe_adapter(model: PeftModel) -> str:
+    """Its size next to the base model's, in parameters."""
+    adapter, total = model.get_nb_trainable_parameters()
+    return f"{adapter:,} parameters in adapters, {adapter / (total - adapter):.1%} of the model's {total - adapter:,}"
+
+
+def save_and_merge(
+    args: argparse.Namespace, config: CoeConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[CoeForCausalLM, dict[str, Any]]:
+    """Saves the adapter, loads it onto the base model loaded anew, and saves the two merged.
+
+    Returns:
+        The merged model, and for `results.json` the size of the adapter and the largest differences of a logit.
+    """
+    adapter_folder, model_folder = args.output_dir / "adapter", args.output_dir / "model"
+    model.save_pretrained(adapter_folder)
+    loaded = PeftModel.from_pretrained(given_model(args.model, config), adapter_folder).to(model.device)
+    loading = logit_difference(model, loaded)
+    merged = loaded.merge_and_unload()
+    merging = logit_difference(model, merged)
+    merged.save_pretrained(model_folder)
+    for folder in (adapter_folder, model_folder):
+        tokenizer.save_pretrained(folder)
+    print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
+    adapter, total = model.get_nb_trainable_parameters()
+    return merged, {
+        "adapter_parameters": adapter,
+        "model_parameters": total - adapter,
+        "logit_difference": {"loading": loading, "merging": merging},
+    }
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """The whole run, from data to report."""
+    check_output_dir(args)
+    config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
+    corpus = load_corpus(args)
+    train_blocks, held_out_blocks = pack_corpus(args, corpus, tokenizer)
+    checkpoint = open_run(args, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
+    run = train(args, config, train_blocks, held_out_blocks, checkpoint)
+    model, facts = save_and_merge(args, config, run.model, tokenizer)
+    report(
+        args,
+        run,
+        held_out_table(run.log, held_out_blocks),
+        corpus,
+        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), args.max_new_tokens),
+        title="Chain-of-Experts, LoRA fine-tuning",
+        training_tokens=args.steps * args.batch_size * args.block_size,
+        **facts,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        finetune(parse_arguments(argv))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

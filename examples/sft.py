@@ -1,0 +1,190 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tunes a Chain-of-Experts model on conversations with TRL's `SFTTrainer`.
+
+    python examples/sft.py --model runs/demo/model --output-dir runs/sft --data train.parquet --eval-data test.parquet
+
+A prompt is what the user says and its answer what the assistant says. The model's chat template joins them, or, where
+it has none, one that puts prompts on a line of their own as `pretrain.py` does; conversations are packed into rows and
+stay apart in attention; the loss is that of the answers alone, plus the balancing loss that TRL adds, in evaluation
+too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
+
+    run.json        the settings, and a fingerprint of the data, that a resumed run must share
+    checkpoint-N/   the two newest checkpoints
+    model/          the trained model with its tokenizer and chat template
+    results.json    held-out losses of the answers, exact match, sample solutions, the log of every step
+    loss_curve.png  the losses as a picture
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from answers import solve
+from corpus import Example, add_data_options, check_data_options, load_corpus, load_tokenizer
+from datasets import Dataset
+from report import held_out_table, report
+from run_folder import (
+    InputError,
+    add_run_options,
+    check_output_dir,
+    check_positive,
+    check_run_options,
+    checkpoint_step,
+    open_run,
+)
+from training import (
+    Run,
+    Stopwatch,
+    add_generation_options,
+    add_training_options,
+    check_training_options,
+    finished_run,
+    given_config,
+    given_model,
+    save_and_reload,
+    training_arguments,
+)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from modeling_coe import CoeConfig
+
+
+# The prompt on a line of its own, then the answer and the end.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked without data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_run_options(parser)
+    add_data_options(parser)
+    conversations = parser.add_argument_group("conversations")
+    conversations.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
+    conversations.add_argument("--max-length", type=int, default=512, help="tokens in a row of packed conversations")
+    conversations.add_argument("--train-examples", type=int, default=8000, help="at most so many are trained on")
+    conversations.add_argument("--eval-examples", type=int, default=200, help="of each held-out split, for its loss")
+    add_training_options(parser, steps=400, batch_size=4, lr=1e-3, warmup_steps=20)
+    add_generation_options(parser)
+
+    args = parser.parse_args(argv)
+    check_run_options(args)
+    check_data_options(args)
+    check_training_options(args)
+    check_positive(args, "max_length", "train_examples", "eval_examples", "num_problems", "max_new_tokens")
+    return args
+
+
+def as_messages(example: Example) -> dict[str, list[dict[str, str]]]:
+    """What the user says and what the assistant says, as TRL's conversational prompt-completion format has them."""
+    return {
+        "prompt": [{"role": "user", "content": example.prompt}],
+        "completion": [{"role": "assistant", "content": example.answer}],
+    }
+
+
+def as_conversations(examples: Iterable[Example], count: int) -> Dataset:
+    """The first examples as a data set."""
+    return Dataset.from_list([as_messages(example) for example in islice(examples, count)])
+
+
+def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
+    """A short hash of all conversations."""
+    digest = hashlib.sha256()
+    for dataset in (train, *held_out.values()):
+        for row in dataset:
+            digest.update(repr(row).encode())
+    return digest.hexdigest()[:16]
+
+
+def train(
+    args: argparse.Namespace,
+    config: CoeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Dataset,
+    held_out: dict[str, Dataset],
+    checkpoint: Path | None,
+) -> Run:
+    """Trains from the start, or from a checkpoint, to the last step."""
+    if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
+        return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
+    set_seed(args.seed)
+    stopwatch = Stopwatch()
+    trainer = SFTTrainer(
+        model=given_model(args.model, config),
+        args=SFTConfig(
+            **training_arguments(args, evaluate_first=checkpoint is None),
+            max_length=args.max_length,
+            packing=True,
+            eval_packing=False,
+            completion_only_loss=True,
+            activation_checkpointing=False,
+        ),
+        train_dataset=conversations,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[stopwatch],
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    log = trainer.state.log_history
+    tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry][-1]
+    return Run(trainer.model, log, tokens / stopwatch.seconds)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """The whole run, from data to report."""
+    check_output_dir(args)
+    config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    corpus = load_corpus(args)
+    conversations = as_conversations(corpus.train, args.train_examples)
+    held_out = {split: as_conversations(examples, args.eval_examples) for split, examples in corpus.held_out.items()}
+    checkpoint = open_run(args, tokenizer, fingerprint_of(conversations, held_out))
+    run = train(args, config, tokenizer, conversations, held_out, checkpoint)
+    model, tokenizer = save_and_reload(run.model, tokenizer, args.output_dir / "model")
+
+    def solver(problems: list[Example]) -> list[str]:
+        prompts = [as_messages(problem)["prompt"] for problem in problems]
+        ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+        return solve(model, tokenizer, ids, args.max_new_tokens)
+
+    report(
+        args,
+        run,
+        held_out_table(run.log, held_out),
+        corpus,
+        solver,
+        title="Chain-of-Experts, supervised fine-tuning",
+        parameters={"total": config.total_parameters, "active": config.active_parameters},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        finetune(parse_arguments(argv))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""`examples/finetune_lora.py` and `examples/sft.py`: what they train, save and report, and resuming."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune_lora
+import pretrain
+import pytest
+import sft
+import torch
+from corpus import load_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .helpers import ROOT
+from .test_pretrain import TINY_RUN, finish, losses, write_rows
+
+
+SCRIPTS = {"finetune_lora": finetune_lora, "sft": sft}
+RUN = {
+    "finetune_lora": [*("--block-size", "32", "--eval-blocks", "4", "--r", "4", "--expert-r", "2")],
+    "sft": [*("--max-length", "256", "--eval-examples", "4")],
+}
+SHORT = [
+    *("--steps", "24", "--batch-size", "2", "--lr", "1e-2", "--warmup-steps", "2", "--log-steps", "1"),
+    *("--eval-steps", "12", "--save-steps", "4", "--num-problems", "2", "--num-samples", "1"),
+    *("--max-new-tokens", "8"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, data) -> Path:
+    """A model that was trained a little."""
+    output_dir = tmp_path_factory.mktemp("base")
+    pretrain.main(["--output-dir", str(output_dir), "--data", str(data), *TINY_RUN])
+    return output_dir / "model"
+
+
+def options(script: str, base: Path, output_dir: Path, data: Path) -> list[str]:
+    return ["--model", str(base), "--output-dir", str(output_dir), "--data", str(data), *RUN[script], *SHORT]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base, data) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, script in SCRIPTS.items():
+        script.main(options(name, base, folder / name, data))
+    return {name: folder / name for name in SCRIPTS}
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+class TestBoth:
+    def test_held_out_loss_falls(self, script, runs):
+        table = results_of(runs[script])["held_out_loss"]["held_out"]
+        assert table["trained"] < table["before"] - 0.05
+        assert (runs[script] / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_saved_model_is_the_trained_one(self, script, runs, base):
+        model = AutoModelForCausalLM.from_pretrained(runs[script] / "model")
+        assert AutoTokenizer.from_pretrained(runs[script] / "model").eos_token_id == model.config.eos_token_id
+        trained = AutoModelForCausalLM.from_pretrained(base)
+        assert not torch.allclose(logits(trained), logits(model), atol=1e-2)
+        checkpoint = runs[script] / "checkpoint-24"
+        if script == "finetune_lora":
+            trained = PeftModel.from_pretrained(trained, checkpoint)
+        else:
+            trained = AutoModelForCausalLM.from_pretrained(checkpoint)
+        torch.testing.assert_close(logits(model), logits(trained), atol=1e-5, rtol=0)
+
+    def test_killed_run_resumes_exactly(self, script, runs, base, tmp_path, data):
+        def start(*more: str) -> subprocess.Popen:
+            # Threads as in this process, which made the run to compare with.
+            program = f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); import {script}"
+            command = [sys.executable, "-c", f"{program}; {script}.main(sys.argv[1:])"]
+            return subprocess.Popen(
+                [*command, *options(script, base, tmp_path, data), *more],
+                cwd=ROOT / "examples",
+                env=None,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+        process = start()
+        while process.poll() is None and not (tmp_path / "checkpoint-12").exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "results.json").exists(), "the run ended before it could be killed"
+        assert re.search(r"Resuming at checkpoint-\d+\.", finish(start("--resume")))
+        assert losses(tmp_path) == losses(runs[script])
+
+    def test_finished_run_is_reported_again(self, script, runs, base, data):
+        before, sequence = results_of(runs[script]), losses(runs[script])
+        SCRIPTS[script].main([*options(script, base, runs[script], data), "--resume"])
+        after = results_of(runs[script])
+        assert losses(runs[script]) == sequence
+        assert after["tokens_per_second"] is None and before["tokens_per_second"] > 0
+        other = {"log_history", "tokens_per_second"}
+        assert all(after[name] == before[name] for name in before.keys() - other) and after.keys() == before.keys()
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("--lr 0", "--lr is 0.0; it must be more than 0"),
+            ("--model no-such-model", "--model no-such-model"),
+            ("--data nowhere.jsonl", "--data nowhere.jsonl does not exist"),
+            ("--num-problems 0", "--num-problems is 0; it must be 1 or more"),
+        ],
+    )
+    def test_errors_name_the_option(self, script, base, data, tmp_path, wrong, message):
+        with pytest.raises(SystemExit, match=message):
+            SCRIPTS[script].main([*options(script, base, tmp_path / "run", data), *wrong.split()])
+        assert not (tmp_path / "run").exists()
+
+
+class TestLora:
+    def test_only_the_adapter_is_trained_and_saved(self, runs, base):
+        results = results_of(runs["finetune_lora"])
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), runs["finetune_lora"] / "adapter", is_trainable=True
+        )
+        trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        assert sum(trainable.values()) == results["adapter_parameters"]
+        assert all("lora_" in name for name in trainable)
+        assert results["model_parameters"] == AutoModelForCausalLM.from_pretrained(base).num_parameters()
+        saved = {path.name for path in (runs["finetune_lora"] / "checkpoint-24").iterdir()}
+        assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+
+    def test_loading_and_merging_are_exact(self, runs):
+        difference = results_of(runs["finetune_lora"])["logit_difference"]
+        assert difference["loading"] == 0 and difference["merging"] < 1e-5
+
+
+class TestSft:
+    def test_the_loss_is_that_of_the_answers(self, runs, base, data):
+        """Held-out losses against the model's own, one conversation after another: only answers count, and the end
+        of the conversation."""
+        args = sft.parse_arguments(options("sft", base, runs["sft"], data))
+        tokenizer = load_tokenizer(base)
+        (example,) = sft.load_corpus(args).held_out["held_out"]
+        prompt = tokenizer(f"{example.prompt}\n")["input_ids"]
+        answer = [*tokenizer(example.answer)["input_ids"], tokenizer.eos_token_id]
+        assert len(prompt + answer) < 256
+        results = results_of(runs["sft"])
+        evaluations = [entry for entry in results["log_history"] if "eval_aux_loss" in entry]
+        for name, folder, logged in (
+            ("before", base, evaluations[0]),
+            ("trained", runs["sft"] / "model", evaluations[-1]),
+        ):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                labels = torch.tensor([[-100] * len(prompt) + answer])
+                loss = model.eval()(torch.tensor([prompt + answer]), labels=labels).loss.item()
+            expected = loss + model.config.router_aux_loss_coef * logged["eval_aux_loss"]
+            assert results["held_out_loss"]["held_out"][name] == pytest.approx(expected, rel=1e-5)
+
+    def test_aux_loss_is_logged(self, runs, base):
+        log = results_of(runs["sft"])["log_history"]
+        top_k = AutoModelForCausalLM.from_pretrained(base).config.num_experts_per_tok
+        logged = [entry["aux_loss"] for entry in log if "loss" in entry]
+        assert len(logged) == 24 and all(0.9 * top_k < value < 4 * top_k for value in logged)
+
+    def test_the_chat_template_is_saved(self, runs):
+        tokenizer = AutoTokenizer.from_pretrained(runs["sft"] / "model")
+        messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == f"1 + 1?\n#### 2{tokenizer.eos_token}"
+        assert tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == "1 + 1?\n"
