@@ -27,7 +27,7 @@ from .modeling_coe import (
     CoeModel,
     CoePreTrainedModel,
 )
-from .quantization import quantization_report
+from .quantization import int8_weight_only, quantization_report
 
 
 AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
@@ -74,6 +74,7 @@ __all__ = [
     "CoeForTokenClassification",
     "CoeModel",
     "CoePreTrainedModel",
+    "int8_weight_only",
     "lora_config",
     "quantization_report",
 ]

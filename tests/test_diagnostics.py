@@ -5,10 +5,13 @@ import json
 import math
 import runpy
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import routing as routing_example
 import torch
+from corpus import ArithmeticExamples, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
@@ -735,3 +738,20 @@ def test_command_refuses(saved, rows, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([*(argument.format_map(places) for argument in arguments), "--out", str(out)])
     assert not out.exists()
+
+
+def test_example_draws_the_model_and_its_untrained_self(tmp_path, capsys):
+    problems = ArithmeticExamples(0, "train")
+    train_tokenizer(islice(problems, 50), 300).save_pretrained(tmp_path / "model")
+    tiny_model(vocab_size=300).save_pretrained(tmp_path / "model")
+    options = ["--model", f"{tmp_path}/model", "--output-dir", f"{tmp_path}/out", "--eval-blocks", "2"]
+    routing_example.main([*options, "--block-size", "8"])
+    names = {f"{kind}_{name}.png" for kind in ("load", "transitions") for name in ("trained", "untrained")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    pictures = [(tmp_path / "out" / f"transitions_{name}.png").read_bytes() for name in ("trained", "untrained")]
+    assert pictures[0] != pictures[1]
+    printed = capsys.readouterr().out
+    assert "untrained: 16 tokens, 8 experts" in printed and "\ntrained: 16 tokens, 8 experts" in printed
+    tiny_model(vocab_size=300, inner_iter=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="has one iteration"):
+        routing_example.main(options)

@@ -1,0 +1,82 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Draws which experts follow on which in a Chain-of-Experts model, and in the same model before training.
+
+    python examples/routing.py --model runs/demo/model --output-dir runs/routing
+
+Both models read the same held-out texts. The output folder holds
+
+    transitions_untrained.png, transitions_trained.png    the heat maps of figure 8 of the paper
+    load_untrained.png, load_trained.png                  the load of every expert
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
+from run_folder import InputError, check_positive
+from tqdm import tqdm
+from training import given_config, given_model
+from transformers import set_seed
+
+from modeling_coe import CoeForCausalLM
+from modeling_coe.diagnostics import measure_routing
+from modeling_coe.plots import plot_load, plot_transitions
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked without data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the untrained weights")
+    add_data_options(parser)
+    add_block_options(parser)
+    args = parser.parse_args(argv)
+    check_data_options(args)
+    check_positive(args, "block_size", "eval_blocks")
+    return args
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Measures both models, prints the statistics and draws them."""
+    config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
+    if config.inner_iter < 2:
+        raise InputError(f"--model {args.model} has one iteration (inner_iter): no expert follows on another.")
+    split, examples = next(iter(load_corpus(args).held_out.items()))
+    blocks = pack(examples, tokenizer, args.block_size, args.eval_blocks)
+    if len(blocks) == 0:
+        raise InputError(f"The split {split!r} does not fill one block of --block-size {args.block_size} tokens.")
+    set_seed(args.seed)
+    models = {"untrained": CoeForCausalLM(config), "trained": given_model(args.model, config)}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, model in models.items():
+        routing = measure_routing(model, ({"input_ids": batch} for batch in tqdm(blocks.split(8), desc=name)))
+        print(f"\n{name}: {routing}")
+        plot_transitions(routing, args.output_dir / f"transitions_{name}.png")
+        plot_load(routing, args.output_dir / f"load_{name}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        draw(parse_arguments(argv))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
