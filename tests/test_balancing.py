@@ -184,6 +184,33 @@ def test_gradient_accumulation_does_not_multiply_the_aux_term():
         torch.testing.assert_close(plain[name], whole[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_sixteen_at_once_and_four_times_four(seq_aux):
+    """Padded sequences of different lengths: gradients of the cross-entropy are equal, and those of the balancing loss
+    are the mean of the micro-batches' own, weighted by label tokens."""
+    lengths = torch.randint(3, 12, (16,))
+    mask = torch.arange(12) < lengths[:, None]
+    input_ids = random_ids(16, 12).where(mask, 0)
+    labels = input_ids.where(mask, -100)
+    num_items = (labels[:, 1:] != -100).sum()
+
+    def accumulated(size: int, aux_loss_alpha: float, objective) -> dict[str, torch.Tensor]:
+        model = tiny_model(aux_loss_alpha=aux_loss_alpha, seq_aux=seq_aux).double().train()
+        for ids, kept, wanted in zip(*(tensor.split(size) for tensor in (input_ids, mask, labels)), strict=True):
+            output = model(ids, attention_mask=kept, labels=wanted, num_items_in_batch=num_items)
+            objective(output, (wanted[:, 1:] != -100).sum() / num_items).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    cross_entropy = {size: accumulated(size, 0.0, lambda output, share: output.loss) for size in (16, 4)}
+    with_aux = {size: accumulated(size, 1.0, lambda output, share: output.loss) for size in (16, 4)}
+    aux = accumulated(4, 1.0, lambda output, share: share * output.aux_loss)
+    for name, gradient in cross_entropy[16].items():
+        torch.testing.assert_close(cross_entropy[4][name], gradient, atol=1e-12, rtol=1e-9)
+        expected = gradient + aux.get(name, 0)
+        torch.testing.assert_close(with_aux[4][name], expected, atol=1e-6, rtol=1e-4)  # its scores are float32
+    assert any((with_aux[4][name] - with_aux[16][name]).abs().max() > 1e-4 for name in aux)
+
+
 def test_label_token_share():
     labels = torch.tensor([[5, 6, -100, 7], [-100, -100, -100, 9]])
     # Shifting drops the first label of each sequence: three remain.
