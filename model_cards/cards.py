@@ -144,7 +144,7 @@ def write(model_or_config: PreTrainedModel | CoeConfig, folder: str | Path, **de
     """Writes the model card of a folder, `README.md`, or completes the one that is there.
 
     In an existing card only the parts between this package's marks are replaced, and missing ones are added; parts for
-    which nothing is passed stay as they are. Its metadata is kept and completed. A conversion report in the folder is
+    which nothing is passed stay as they are, and so does a title, unless it is the folder's name. Its metadata is kept and completed. A conversion report in the folder is
     read unless one is passed.
 
     Args:
@@ -171,7 +171,13 @@ def write(model_or_config: PreTrainedModel | CoeConfig, folder: str | Path, **de
     card = render(model_or_config, **details)
     if old is not None:
         _merge_metadata(old, card)
-        old.text = card.text if _is_empty_form(old) else _merge_text(old.text, card.text, keep)
+        if _is_empty_form(old):
+            old.text = card.text
+        else:
+            # A title that is the folder's name was made here, before the model had another.
+            default, title = f"# {folder.resolve().name}\n", card.text.lstrip().partition("\n")[0]
+            text = re.sub(rf"\A(\s*){re.escape(default)}", lambda match: f"{match[1]}{title}\n", old.text)
+            old.text = _merge_text(text, card.text, keep)
         card = old
     text = str(card)
     if old is None or path.read_bytes().decode("utf-8-sig") != text:

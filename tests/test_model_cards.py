@@ -283,6 +283,17 @@ class TestExistingCards:
         assert data.eval_results == [better] and data.license == "apache-2.0"
         assert "| GSM8K test | exact_match | 0.5 |" in path.read_text()
 
+    def test_the_folders_name_gives_way_to_the_models(self, tmp_path):
+        folder = tmp_path / "model"
+        path = model_cards.write(tiny_config(), folder)
+        assert "\n# model\n" in path.read_text()
+        model_cards.write(tiny_config(), folder, repo_id="owner/chain")
+        text = path.read_text()
+        assert "\n# chain\n" in text and "\n# model\n" not in text
+        path.write_text(text.replace("# chain", "# Mine"))
+        model_cards.write(tiny_config(), folder, repo_id="owner/other")
+        assert "\n# Mine\n" in path.read_text() and 'from_pretrained("owner/other"' in path.read_text()
+
     def test_card_of_the_trainer_is_extended(self, tmp_path):
         summary = TrainingSummary("run", tags=["generated_from_trainer"], hyperparameters={"seed": 7})
         (tmp_path / "README.md").write_text(summary.to_model_card())
