@@ -144,8 +144,8 @@ def write(model_or_config: PreTrainedModel | CoeConfig, folder: str | Path, **de
     """Writes the model card of a folder, `README.md`, or completes the one that is there.
 
     In an existing card only the parts between this package's marks are replaced, and missing ones are added; parts for
-    which nothing is passed stay as they are, and so does a title, unless it is the folder's name. Its metadata is kept and completed. A conversion report in the folder is
-    read unless one is passed.
+    which nothing is passed stay as they are, and so does a title, unless it is the folder's name. Its metadata is kept
+    and completed. A conversion report in the folder is read unless one is passed.
 
     Args:
         model_or_config (`PreTrainedModel` or `CoeConfig`): What the card describes.
