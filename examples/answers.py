@@ -13,19 +13,12 @@
 # limitations under the License.
 """Lets a model solve problems, and counts how many of its final answers are right."""
 
-import re
-
 import torch
 from corpus import Example
+from tasks.question_answer import final_answer
 from transformers import PreTrainedTokenizerBase
 
 from modeling_coe import CoeForCausalLM
-
-
-def final_answer(text: str) -> str | None:
-    """The number after `####`, without thousands separators, or `None` where there is none."""
-    match = re.search(r"####\s*(-?[\d.,]*\d)", text)
-    return match[1].replace(",", "") if match else None
 
 
 @torch.no_grad()

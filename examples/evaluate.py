@@ -1,0 +1,276 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Evaluates causal language models, Chain-of-Experts or other, side by side with lm-eval.
+
+    python examples/evaluate.py --models runs/demo/model --data test.parquet --limit 100
+    python examples/evaluate.py --models runs/demo/model Qwen/Qwen3-0.6B --data test.parquet --num-fewshot 4
+    python examples/evaluate.py --models runs/demo/model --tasks arc_easy lambada_openai
+
+`--data` is a parquet or JSON-lines file of question/answer pairs, in the format of the training examples: the prompt,
+a newline, the answer. Models are measured by the tasks in `tasks/`, which lm-eval's own command line runs too:
+
+    perplexity     exp(-L / T). L is the log-likelihood in nats, and T the number of tokens, of the reference answers
+                   with the newline before them, given their prompts, summed over the problems. It depends on the
+                   tokenizer: compare it between models that share one, and with the losses of training.
+    bits per byte  -L / (B ln 2). B is the number of UTF-8 bytes of the same text, whatever the tokenizer.
+    exact match    share of the problems whose greedy solution has the final answer of the reference: the number after
+                   the first ####, without thousands separators. `-` where the data mark no final answers.
+
+Standard errors are over problems; those of the two ratios are linearised. `tasks/question_answer.py` says how the
+tokens relate to those of training.
+
+A solution ends at the end-of-sequence token of the tokenizer or one of the model, at two blank lines, which separate
+few-shot examples, or at `--max-new-tokens`. Few-shot examples are drawn from the other rows of the data.
+"""
+
+import argparse
+import sys
+from math import exp, log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lm_eval
+import torch
+from datasets.exceptions import DatasetsError
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table, simple_parse_args_string
+from run_folder import InputError, check_positive, write_json
+from tasks.question_answer import final_answer
+
+import modeling_coe  # noqa: F401  registers the Auto classes
+
+
+TASKS = Path(__file__).parent / "tasks"
+PERPLEXITY, EXACT_MATCH = "qa_perplexity", "qa_exact_match"
+COLUMNS = ("model", "parameters", "active", "expert FLOPs/token", "perplexity", "bits per byte", "exact match, %")
+
+
+class Measure(NamedTuple):
+    """A figure and its standard error, `None` where there is a single problem."""
+
+    value: float
+    error: float | None
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked without data and models."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", required=True, help="folders or Hub names")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a model carries")
+    parser.add_argument("--model-args", default="", help="more of lm-eval's `hf` model: dtype=bfloat16,peft=FOLDER")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", help="parquet or JSON-lines file of question/answer pairs")
+    parser.add_argument("--prompt-column", default="question")
+    parser.add_argument("--answer-column", default="answer")
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval: names, or YAML files")
+    parser.add_argument("--limit", type=int, help="problems of each task; all if not given")
+    parser.add_argument("--num-fewshot", type=int, help="examples in a prompt; 0, or as a task says, if not given")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of a solution of the data's problems")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    args = parser.parse_args(argv)
+    if args.data is None and not args.tasks:
+        raise InputError("Neither --data nor --tasks is given; give one of them, or both.")
+    check_positive(args, "batch_size", "max_new_tokens")
+    if args.limit is not None:
+        check_positive(args, "limit")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise InputError(f"--num-fewshot is {args.num_fewshot}; it must be 0 or more.")
+    return args
+
+
+def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
+    """lm-eval's index of tasks, and of these the ones on `--data`.
+
+    Raises:
+        InputError: A task does not exist, or the data cannot be read.
+    """
+    metadata = {name: getattr(args, name) for name in ("data", "prompt_column", "answer_column")}
+    # Indexing lm-eval's own tasks takes a while.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(args.tasks), metadata=metadata)
+    for name in args.tasks:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            raise InputError(f"--tasks {name} does not exist. `lm-eval ls tasks` lists names; or give a YAML file.")
+    if args.data is None:
+        return manager, []
+    try:
+        tasks = manager.load(PERPLEXITY)["tasks"]
+        answers = tasks[PERPLEXITY].dataset["test"]["answer"]
+        if None in map(final_answer, answers):
+            print(f"--data {args.data} has answers without a number after ####: there is no exact match.")
+        else:
+            tasks |= manager.load(EXACT_MATCH)["tasks"]
+            tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": args.max_new_tokens}, update=True)
+    except (DatasetsError, ValueError) as error:
+        raise InputError(f"--data {args.data}: {error}") from error
+    if (args.num_fewshot or 0) >= len(answers):
+        raise InputError(
+            f"--num-fewshot is {args.num_fewshot}, but --data {args.data} has {len(answers)} rows; choose fewer."
+        )
+    return manager, list(tasks.values())
+
+
+def load_model(name: str, args: argparse.Namespace) -> HFLM:
+    """One of the models, in lm-eval's wrapper.
+
+    Raises:
+        InputError: It cannot be loaded, or cannot solve problems in `--max-new-tokens`.
+    """
+    options = simple_parse_args_string(args.model_args)
+    options |= {"pretrained": name, "trust_remote_code": args.trust_remote_code, "backend": "causal"}
+    try:
+        model = HFLM(**options, device=args.device, batch_size=args.batch_size)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--models {name} cannot be loaded: {error}") from error
+    if model.eot_token_id is None:
+        raise InputError(f"--models {name}: the tokenizer has no `eos_token`. Set it in its tokenizer_config.json.")
+    if args.max_new_tokens >= model.max_length:
+        raise InputError(
+            f"--max-new-tokens is {args.max_new_tokens}, which leaves no room for a prompt in the {model.max_length} "
+            f"positions of --models {name}. Choose fewer."
+        )
+    # lm-eval ends a batch where all its sequences have this token, but generation ends each of them at its own.
+    ends = model.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    model.model.generation_config.eos_token_id = [end for end in {*ends, model.eot_token_id} if end is not None]
+    return model
+
+
+def ratio(numerators: list[float], denominators: list[int]) -> Measure:
+    """The sum of the numerators over the sum of the denominators, and the linearised standard error of this ratio for
+    independent problems."""
+    count, total = len(numerators), sum(denominators)
+    value = sum(numerators) / total
+    if count == 1:
+        return Measure(value, None)
+    residuals = sum((n - value * d) ** 2 for n, d in zip(numerators, denominators, strict=True))
+    return Measure(value, (residuals * count / (count - 1)) ** 0.5 / total)
+
+
+def scaled(measure: Measure, factor: float) -> Measure:
+    return Measure(measure.value * factor, None if measure.error is None else measure.error * factor)
+
+
+def likelihoods(model: HFLM, samples: list[dict[str, Any]]) -> dict[str, Measure]:
+    """Perplexity per token and bits per byte from lm-eval's log of `qa_perplexity`."""
+    losses, tokens, num_bytes = [], [], []
+    for sample in samples:
+        log_likelihood, length = sample["bits_per_byte"]
+        context, answer = sample["arguments"][0]
+        losses.append(-log_likelihood)
+        num_bytes.append(length)
+        # Where lm-eval begins to score.
+        tokens.append(len(model.tok_encode(context + answer)) - len(model.tok_encode(context.rstrip())))
+    loss = ratio(losses, tokens)
+    perplexity = exp(loss.value)
+    error = None if loss.error is None else perplexity * loss.error
+    return {
+        "perplexity": Measure(perplexity, error),
+        "bits_per_byte": scaled(ratio(losses, num_bytes), 1 / log(2)),
+    }
+
+
+def evaluate(name: str, args: argparse.Namespace, manager: TaskManager, tasks: list[Task]) -> dict[str, Any]:
+    """Evaluates one model.
+
+    Returns:
+        `dict[str, Any]`: Its sizes, its measures on the data, and `tasks`, lm-eval's results of all tasks.
+    """
+    model = load_model(name, args)
+    output = lm_eval.simple_evaluate(
+        model,
+        tasks=[*args.tasks, *tasks],
+        task_manager=manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+    )
+    config, results, samples = model.config, output["results"], output["samples"]
+    measures = {}
+    if PERPLEXITY in samples:
+        measures = likelihoods(model, samples[PERPLEXITY])
+    if EXACT_MATCH in samples:
+        value, error = (results[EXACT_MATCH][f"exact_match{kind},none"] for kind in ("", "_stderr"))
+        measures["exact_match"] = Measure(value, None if error == "N/A" else error)
+    if args.tasks:
+        print(f"\n{name}\n{make_table(output)}")
+    return {
+        "model": name,
+        "total_parameters": model.model.num_parameters(),
+        # Of CoE models.
+        "active_parameters": getattr(config, "active_parameters", None),
+        "expert_flops_per_token": getattr(config, "expert_flops_per_token", None),
+        "problems": len(samples[PERPLEXITY]) if PERPLEXITY in samples else None,
+        **{measure: figures._asdict() for measure, figures in measures.items()},
+        "tasks": results,
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """One row for each model, in columns."""
+
+    def count(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    def measure(figures: dict[str, float | None] | None, digits: int, unit: int = 1) -> str:
+        if figures is None:
+            return "-"
+        shown = f"{figures['value'] * unit:,.{digits}f}"
+        return shown if figures["error"] is None else f"{shown} ± {figures['error'] * unit:,.{digits}f}"
+
+    rows = [COLUMNS]
+    for record in records:
+        rows.append(
+            (
+                record["model"],
+                count(record["total_parameters"]),
+                count(record["active_parameters"]),
+                count(record["expert_flops_per_token"]),
+                measure(record.get("perplexity"), digits=3),
+                measure(record.get("bits_per_byte"), digits=4),
+                measure(record.get("exact_match"), digits=1, unit=100),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse_arguments(argv)
+        manager, tasks = load_tasks(args)
+        records = []
+        for name in args.models:
+            records.append(evaluate(name, args, manager, tasks))
+            if args.out is not None:  # after each, so that a model that fails takes none with it
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                settings = vars(args) | {"out": str(args.out)}
+                write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
+        print(f"\n{table(records)}")
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    # Several tasks of lm-eval import the package `evaluate`, which this file must not stand in for.
+    sys.path.remove(str(Path(__file__).resolve().parent))
+    main()
