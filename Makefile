@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := configuration_coe modeling_coe model_cards conversion benchmarks examples tests
 
-.PHONY: demo test quality style benchmarks clean
+.PHONY: demo test quality style benchmarks evidence clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
@@ -28,6 +28,11 @@ benchmarks: $(INSTALLED)
 		$(BIN)/python benchmarks/generate.py --size $$size && \
 		$(BIN)/python benchmarks/experts.py --size $$size || exit 1; \
 	done
+
+# The paper's experiments at the scale of two CPU cores: hours. May be stopped and started at any time.
+evidence: $(INSTALLED)
+	$(BIN)/python -m benchmarks.paper.run --scale cpu
+	$(BIN)/python -m benchmarks.paper.report
 
 clean:
 	rm -rf $(VENV)

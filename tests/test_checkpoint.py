@@ -24,10 +24,9 @@ from transformers import (
 
 from modeling_coe import CoeConfig, CoeForCausalLM, CoeForSequenceClassification, CoeModel
 
-from .helpers import random_ids, tiny_config, tiny_model
+from .helpers import ROOT, random_ids, tiny_config, tiny_model
 
 
-ROOT = Path(__file__).resolve().parents[1]
 FUSED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 PER_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 

@@ -27,10 +27,9 @@ from conversion.cli import main
 from conversion.families import FAMILIES
 
 from .conversion_sources import MOE_SOURCES, make_config, make_model, make_source
-from .helpers import tiny_model
+from .helpers import ROOT, tiny_model
 
 
-ROOT = Path(__file__).resolve().parents[1]
 MODES = [("identity", 1), ("refine", 2), ("refine", 4), ("split", 2), ("split", 4)]
 CHAINS = [Options(mode=mode, iterations=iterations) for mode, iterations in MODES]
 

@@ -13,18 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from modeling_coe import CoePreTrainedModel
-
+from .helpers import ROOT
 from .hub_server import TOKEN, HubServer, validate_metadata
 
 
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = {"configuration_coe.py", "modeling_coe.py", "balancing.py", "checkpoint.py", "experts.py"}
-writes_cards = pytest.mark.skipif(
-    not hasattr(CoePreTrainedModel, "write_model_card"), reason="models do not write their cards"
-)
 
 
 class StepFailed(Exception):
@@ -267,7 +262,6 @@ def test_invalid_card_is_refused_before_anything_is_uploaded(server, pusher, tmp
     assert hashlib.sha256(b"weights").hexdigest() not in server.repos["tester/card"].objects
 
 
-@writes_cards
 def test_pushed_card_describes_the_model_and_its_snippets_run(server, pusher, puller, stranger):
     repo = "tester/described"
     pushed = pusher("push", repo=repo)
@@ -280,7 +274,6 @@ def test_pushed_card_describes_the_model_and_its_snippets_run(server, pusher, pu
         assert answer == {"blocks": 2, "logits": pushed["logits"]}
 
 
-@writes_cards
 def test_card_of_the_trainer_is_extended(server, pusher, tmp_path):
     repo = "tester/attached"
     pusher("train_and_push", folder=str(tmp_path / "run"), repo=repo, attach_card=True)

@@ -12,13 +12,12 @@ import torch
 from modeling_coe import CoeConfig, CoeForSequenceClassification
 from modeling_coe.lora import lora_config
 
-from .helpers import EXPERTS_BACKENDS, random_ids, tiny_config, tiny_model
+from .helpers import EXPERTS_BACKENDS, ROOT, random_ids, tiny_config, tiny_model
 
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("error:.*rank_pattern:RuntimeWarning")
 
-ROOT = Path(__file__).resolve().parents[1]
 GROUPED_QUERIES = {"num_key_value_heads": 2, "head_dim": 16}
 BACKBONES = {
     "deepseek_v2": {},

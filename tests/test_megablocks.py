@@ -26,11 +26,10 @@ from modeling_coe import megablocks
 from modeling_coe.megablocks import megablocks_backend
 from modeling_coe.modeling_coe import CoeExperts
 
-from .helpers import random_ids, tiny_config, tiny_model
+from .helpers import ROOT, random_ids, tiny_config, tiny_model
 from .test_reference import CASES, gradient, load
 
 
-ROOT = Path(__file__).resolve().parents[1]
 HAS_STK = importlib.util.find_spec("stk") is not None and importlib.util.find_spec("triton") is not None
 
 requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

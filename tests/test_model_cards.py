@@ -16,15 +16,11 @@ from transformers.modelcard import TrainingSummary
 
 import model_cards
 from configuration_coe import CoeConfig
-from modeling_coe import CoeForSequenceClassification, CoePreTrainedModel
+from modeling_coe import CoeForSequenceClassification
 
 from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model
 from .hub_server import validate_metadata
 
-
-writes_cards = pytest.mark.skipif(
-    not hasattr(CoePreTrainedModel, "write_model_card"), reason="models do not write their cards"
-)
 
 RESULT = EvalResult(
     task_type="text-generation",
@@ -322,7 +318,6 @@ class TestExistingCards:
         assert path.read_text() == damaged
 
 
-@writes_cards
 class TestSavedModels:
     @pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
     def test_a_card_comes_with_the_model(self, tmp_path, rule):

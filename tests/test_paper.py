@@ -36,10 +36,9 @@ from benchmarks.paper.experiments import (
 from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
 from benchmarks.paper.runs import SCALES, TIMING_SEED, Run, plan, tuning_runs
 from modeling_coe import CoeConfig
-from tests.helpers import RESIDUAL_FLAGS, random_ids, tiny_config
+from tests.helpers import RESIDUAL_FLAGS, ROOT, random_ids, tiny_config
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SMOKE, CPU = SCALES["smoke"], SCALES["cpu"]
 ARMS = list(dict.fromkeys(arm for experiment in EXPERIMENTS.values() for arm in experiment.arms))
 
