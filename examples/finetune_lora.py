@@ -35,7 +35,6 @@ from typing import Any
 import torch
 from answers import solve
 from corpus import (
-    Blocks,
     add_block_options,
     add_data_options,
     check_data_options,
@@ -58,7 +57,6 @@ from run_folder import (
 )
 from training import (
     Run,
-    Stopwatch,
     add_generation_options,
     add_training_options,
     check_training_options,
@@ -66,9 +64,9 @@ from training import (
     given_config,
     given_model,
     logit_difference,
-    training_arguments,
+    train_on_blocks,
 )
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
 
@@ -115,17 +113,7 @@ def train(
     adapters = lora_config(base, r=args.r, expert_r=args.expert_r, lora_alpha=args.alpha, routers=args.routers)
     model = get_peft_model(base, adapters)
     print(describe_adapter(model))
-    stopwatch = Stopwatch()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
-        train_dataset=Blocks(train_blocks),
-        eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
-        callbacks=[stopwatch],
-    )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
-    return Run(model, trainer.state.log_history, tokens / stopwatch.seconds)
+    return train_on_blocks(args, model, train_blocks, held_out_blocks, checkpoint)
 
 
 def describe_adapter(model: PeftModel) -> str:

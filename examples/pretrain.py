@@ -40,7 +40,6 @@ from pathlib import Path
 import torch
 from answers import solve
 from corpus import (
-    Blocks,
     Corpus,
     add_block_options,
     add_data_options,
@@ -64,7 +63,6 @@ from run_folder import (
 )
 from training import (
     Run,
-    Stopwatch,
     add_generation_options,
     add_training_options,
     check_training_options,
@@ -72,13 +70,11 @@ from training import (
     given_config,
     given_model,
     save_and_reload,
-    training_arguments,
+    train_on_blocks,
 )
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -210,17 +206,7 @@ def train(
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
     set_seed(args.seed)
     model = CoeForCausalLM(config) if args.model is None else given_model(args.model, config)
-    stopwatch = Stopwatch()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
-        train_dataset=Blocks(train_blocks),
-        eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
-        callbacks=[stopwatch],
-    )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
-    return Run(model, trainer.state.log_history, tokens / stopwatch.seconds)
+    return train_on_blocks(args, model, train_blocks, held_out_blocks, checkpoint)
 
 
 def report_run(

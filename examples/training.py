@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from corpus import Blocks
 from run_folder import InputError, check_positive
 from transformers import (
     AutoConfig,
@@ -28,8 +29,10 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -198,3 +201,32 @@ def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Run:
         checkpoint (`Path`): A complete one.
     """
     return Run(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
+
+
+def train_on_blocks(
+    args: argparse.Namespace,
+    model: PreTrainedModel | PeftModel,
+    train_blocks: torch.Tensor,
+    held_out_blocks: dict[str, torch.Tensor],
+    checkpoint: Path | None,
+) -> Run:
+    """Trains with `Trainer`, from the start or from a checkpoint, to the last step.
+
+    Args:
+        args (`argparse.Namespace`): Run and training options.
+        model (`PreTrainedModel` or `PeftModel`): What to train, in place.
+        train_blocks (`torch.Tensor`): Token ids (blocks, block_size).
+        held_out_blocks (`dict[str, torch.Tensor]`): Likewise, by split.
+        checkpoint (`Path`, *optional*): Where to go on from.
+    """
+    stopwatch = Stopwatch()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
+        train_dataset=Blocks(train_blocks),
+        eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
+        callbacks=[stopwatch],
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
+    return Run(model, trainer.state.log_history, tokens / stopwatch.seconds)
