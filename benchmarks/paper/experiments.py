@@ -293,8 +293,7 @@ OURS = Experiment(
     ),
     "`scalar MoE`: MoE(8/64) whose output is multiplied by a learned number, 1 at first. `routed once`: both "
     "iterations run the experts that the first one chose, the second's output times a learned number. `norm each "
-    "time`: every iteration reads the stream through a norm of its own. Whether a trained mixture of experts gains by "
-    "going on as a chain is [measured elsewhere](../results/upcycling/upcycling.md).",
+    "time`: every iteration reads the stream through a norm of its own.",
 )
 FIGURE_5 = Experiment(
     "figure_5",
