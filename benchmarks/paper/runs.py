@@ -86,7 +86,7 @@ class Scale:
     layers: int
     learning_rates: tuple[float, ...]
     data: dict[str, Data]
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     tuning_seeds: tuple[int, ...] = (0,)
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
     minutes: float = 1.0
