@@ -44,6 +44,18 @@ RESIDUAL_FLAGS = {
     "split": {"upcycling": "split"},
 }
 
+# The beginning of a program: however this project is installed, its packages cannot be imported.
+WITHOUT_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("configuration_coe", "modeling_coe", "model_cards", "conversion"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled)
+"""
+
 
 def tiny_config(**overrides) -> CoeConfig:
     return CoeConfig(**{**TINY, **overrides})

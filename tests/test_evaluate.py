@@ -16,7 +16,7 @@ from tasks import question_answer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from .helpers import ROOT, tiny_model
+from .helpers import ROOT, WITHOUT_PACKAGE, tiny_model
 
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -40,18 +40,6 @@ TaskIndex._iter_yaml_files = staticmethod(lambda root: sorted(root.glob("*.yaml"
 collect_env.get_pretty_env_info = str
 from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
-"""
-
-# However this project is installed, its packages cannot be imported.
-BLOCKED = """
-import sys
-
-class NotInstalled:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("configuration_coe", "modeling_coe"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled)
 """
 
 
@@ -337,7 +325,7 @@ class TestCommandLine:
     def test_it_finds_what_the_logits_say(self, learned, rows, data, tmp_path, with_project):
         model_args = f"pretrained={learned}" if with_project else f"pretrained={learned},trust_remote_code=True"
         options = ("--model_args", model_args, "--metadata", f"data={data}", "--limit", str(NUM_LEARNED))
-        script = COMMAND_LINE if with_project else BLOCKED + COMMAND_LINE
+        script = COMMAND_LINE if with_project else WITHOUT_PACKAGE + COMMAND_LINE
         results = self.results(tmp_path, script, *options, project=str(ROOT) if with_project else "")
         losses, _, num_bytes = zip(*scores(learned, rows[:NUM_LEARNED]), strict=True)
         expected = sum(losses) / sum(num_bytes) / log(2)

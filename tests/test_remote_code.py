@@ -7,20 +7,8 @@ import sys
 import pytest
 import torch
 
-from .helpers import random_ids, tiny_model
+from .helpers import WITHOUT_PACKAGE, random_ids, tiny_model
 
-
-# However this project is installed, its packages cannot be imported.
-BLOCKED = """
-import sys
-
-class NotInstalled:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("configuration_coe", "modeling_coe"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled)
-"""
 
 SCRIPT = """
 try:
@@ -65,7 +53,7 @@ def isolated_environment(tmp_path_factory):
 
 def run_isolated(script, folder, environment, *arguments):
     return subprocess.run(
-        [sys.executable, "-c", BLOCKED + script, *map(str, arguments)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)],
         cwd=folder,
         env=environment,
         capture_output=True,
