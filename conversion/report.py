@@ -131,10 +131,11 @@ def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, A
     if plan.options.to == "coe":
         data, text = ModelCardData(**kept), ""
     else:
-        data = ModelCardData(base_model=base_model, library_name="transformers", tags=["mixture-of-experts"], **kept)
-        text = model_cards.origin(report, base_model)
+        tags = {"pipeline_tag": "text-generation", "tags": ["mixture-of-experts"]}
+        data = ModelCardData(base_model=base_model, library_name="transformers", **tags, **kept)
+        text = f"\n{model_cards.origin(report, base_model)}\n"
     path = folder / model_cards.CARD_NAME
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_title(plan)}\n\n{text}\n").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_title(plan)}\n{text}").save(path)
     if plan.options.to == "coe":
         model_cards.write(plan.after, folder, name=name, base_model=base_model, conversion_report=report)
 

@@ -104,6 +104,8 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
     # Indexing lm-eval's own tasks takes a while.
     manager = TaskManager(include_path=str(TASKS), include_defaults=bool(args.tasks), metadata=metadata)
     for name in args.tasks:
+        if name in (PERPLEXITY, EXACT_MATCH):
+            raise InputError(f"--tasks {name} is what --data runs. Give --data, and leave this task out.")
         if name not in manager.all_tasks and not Path(name).is_file():
             raise InputError(f"--tasks {name} does not exist. `lm-eval ls tasks` lists names; or give a YAML file.")
     if args.data is None:
@@ -133,13 +135,14 @@ def load_model(name: str, args: argparse.Namespace) -> HFLM:
     """
     options = simple_parse_args_string(args.model_args)
     options |= {"pretrained": name, "trust_remote_code": args.trust_remote_code, "backend": "causal"}
+    options |= {"device": args.device, "batch_size": args.batch_size}
     try:
-        model = HFLM(**options, device=args.device, batch_size=args.batch_size)
-    except (OSError, ValueError) as error:
+        model = HFLM(**options)
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # of --model-args too
         raise InputError(f"--models {name} cannot be loaded: {error}") from error
     if model.eot_token_id is None:
         raise InputError(f"--models {name}: the tokenizer has no `eos_token`. Set it in its tokenizer_config.json.")
-    if args.max_new_tokens >= model.max_length:
+    if args.data is not None and args.max_new_tokens >= model.max_length:
         raise InputError(
             f"--max-new-tokens is {args.max_new_tokens}, which leaves no room for a prompt in the {model.max_length} "
             f"positions of --models {name}. Choose fewer."
@@ -259,13 +262,16 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_arguments(argv)
         manager, tasks = load_tasks(args)
         records = []
-        for name in args.models:
-            records.append(evaluate(name, args, manager, tasks))
-            if args.out is not None:  # after each, so that a model that fails takes none with it
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                settings = vars(args) | {"out": str(args.out)}
-                write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
-        print(f"\n{table(records)}")
+        try:
+            for name in args.models:
+                records.append(evaluate(name, args, manager, tasks))
+                if args.out is not None:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    settings = vars(args) | {"out": str(args.out)}
+                    write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
+        finally:  # a model that fails takes no other with it
+            if records:
+                print(f"\n{table(records)}")
     except InputError as error:
         sys.exit(f"error: {error}")
 

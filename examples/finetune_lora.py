@@ -19,7 +19,8 @@
 Attention, shared experts and routed experts are adapted, the latter at a rank of their own, since there are many of
 them. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
 
-    run.json        the settings, and a fingerprint of the data, that a resumed run must share
+    run.json        the settings, and a fingerprint of data and model, that a resumed run must share
+    tokenizer/      the tokenizer of the run
     checkpoint-N/   the two newest checkpoints, of the adapter alone
     adapter/        the trained adapter, to be loaded onto the model it was trained on
     model/          model and adapter merged: no more expensive than the model was
@@ -28,6 +29,7 @@ them. Data, `--resume` and what is reported are those of `pretrain.py`. The outp
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,10 @@ from corpus import (
     add_block_options,
     add_data_options,
     check_data_options,
+    choose_tokenizer,
     encode_prompts,
     fingerprint_of,
     load_corpus,
-    load_tokenizer,
     pack_corpus,
 )
 from peft import PeftModel, get_peft_model
@@ -59,11 +61,13 @@ from training import (
     Run,
     add_generation_options,
     add_training_options,
+    check_generation_options,
     check_training_options,
     finished_run,
     given_config,
     given_model,
     logit_difference,
+    save_and_reload,
     train_on_blocks,
 )
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -92,21 +96,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_run_options(args)
     check_data_options(args)
     check_training_options(args)
-    check_positive(args, "block_size", "eval_blocks", "num_problems", "max_new_tokens", "r", "alpha")
+    check_generation_options(args)
+    check_positive(args, "block_size", "eval_blocks", "r", "alpha")
     if args.expert_r is not None:
         check_positive(args, "expert_r")
     return args
 
 
+def weights_fingerprint(model: CoeForCausalLM) -> str:
+    """A short hash of all weights: an adapter fits one model only, and its checkpoints do not hold that."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
 def train(
     args: argparse.Namespace,
-    config: CoeConfig,
+    base: CoeForCausalLM,
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
 ) -> Run:
     """Trains an adapter from the start, or from a checkpoint, to the last step."""
-    base = given_model(args.model, config)
     if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
         return finished_run(PeftModel.from_pretrained(base, checkpoint, is_trainable=True), checkpoint)
     set_seed(args.seed)
@@ -130,17 +142,18 @@ def save_and_merge(
     Returns:
         The merged model, and for `results.json` the size of the adapter and the largest differences of a logit.
     """
-    adapter_folder, model_folder = args.output_dir / "adapter", args.output_dir / "model"
+    adapter_folder = args.output_dir / "adapter"
     model.save_pretrained(adapter_folder)
+    tokenizer.save_pretrained(adapter_folder)
     loaded = PeftModel.from_pretrained(given_model(args.model, config), adapter_folder).to(model.device)
     loading = logit_difference(model, loaded)
     merged = loaded.merge_and_unload()
     merging = logit_difference(model, merged)
-    merged.save_pretrained(model_folder)
-    for folder in (adapter_folder, model_folder):
-        tokenizer.save_pretrained(folder)
     print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
+    if not max(loading, merging) < 1e-3:
+        raise RuntimeError(f"The adapter in {adapter_folder} does not compute what was trained.")
     adapter, total = model.get_nb_trainable_parameters()
+    merged, _ = save_and_reload(merged, tokenizer, args.output_dir / "model")
     return merged, {
         "adapter_parameters": adapter,
         "model_parameters": total - adapter,
@@ -151,11 +164,14 @@ def save_and_merge(
 def finetune(args: argparse.Namespace) -> None:
     """The whole run, from data to report."""
     check_output_dir(args)
-    config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
+    config = given_config(args.model)
     corpus = load_corpus(args)
+    tokenizer = choose_tokenizer(args, corpus)
     train_blocks, held_out_blocks = pack_corpus(args, corpus, tokenizer)
-    checkpoint = open_run(args, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
-    run = train(args, config, train_blocks, held_out_blocks, checkpoint)
+    base = given_model(args.model, config)
+    fingerprint = f"{fingerprint_of(train_blocks, held_out_blocks)}-{weights_fingerprint(base)}"
+    checkpoint = open_run(args, tokenizer, fingerprint)
+    run = train(args, base, train_blocks, held_out_blocks, checkpoint)
     model, facts = save_and_merge(args, config, run.model, tokenizer)
     report(
         args,

@@ -65,6 +65,7 @@ from training import (
     Run,
     add_generation_options,
     add_training_options,
+    check_generation_options,
     check_training_options,
     finished_run,
     given_config,
@@ -146,7 +147,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_data_options(args)
     check_training_options(args)
     check_positive(args, "block_size", "eval_blocks", "hidden_size", "num_layers", "num_heads")
-    check_positive(args, "num_problems", "max_new_tokens")
+    check_generation_options(args)
     # The rotary part of a head is half as wide as the rest, and even.
     if args.hidden_size % (4 * args.num_heads):
         raise InputError(

@@ -23,11 +23,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 
 # Options that say where a run writes and how it starts, not what it computes.
 START_OPTIONS = {"output_dir", "resume", "overwrite"}
+# Options of what is reported at the end, which a resumed run may change.
+REPORT_OPTIONS = {"num_problems", "num_samples", "max_new_tokens"}
 # What runs write beside checkpoints and `run.json`.
 OUTPUTS = ("tokenizer", "model", "adapter", "results.json", "loss_curve.png")
 
@@ -48,6 +56,13 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 1 or more.")
 
 
+def check_not_negative(args: argparse.Namespace, *names: str) -> None:
+    """Raises [`InputError`] where one of these options is less than 0."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 0 or more.")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", type=Path, required=True, help="folder for everything the run writes")
@@ -57,13 +72,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run_options(args: argparse.Namespace) -> None:
-    """Raises [`InputError`] where they contradict each other."""
+    """Raises [`InputError`] where they have no meaning, alone or together."""
+    check_not_negative(args, "seed")
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed run must share with the run it goes on with."""
+    """The options that say what a run computes and reports."""
     return {name: value for name, value in vars(args).items() if name not in START_OPTIONS}
 
 
@@ -74,16 +90,18 @@ def is_complete(checkpoint: Path) -> bool:
     atomically, its own state: what can be read there vouches for what came before. Deletion takes the files in any
     order, so all of them must be there.
     """
-    is_adapter = (checkpoint / ADAPTER_CONFIG_NAME).is_file()
-    weights = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_adapter else (CONFIG_NAME, SAFE_WEIGHTS_NAME)
-    needed = (*weights, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", TRAINER_STATE_NAME)
-    if not all((checkpoint / name).is_file() for name in needed):
-        return False
+    weights = [CONFIG_NAME, SAFE_WEIGHTS_NAME]
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
+            weights = [ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME]
+        elif (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            weights = [CONFIG_NAME, *read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()]
+        needed = (*weights, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", TRAINER_STATE_NAME)
+        if not all((checkpoint / name).is_file() for name in needed):
+            return False
+        return read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] == checkpoint_step(checkpoint)
     except json.JSONDecodeError:
         return False
-    return state["global_step"] == checkpoint_step(checkpoint)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -110,7 +128,15 @@ def newest_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Raises [`InputError`] where the output folder holds another run, or one that should not be lost."""
+    """Raises [`InputError`] where the output folder holds another run, one that should not be lost, or what this run
+    is to read."""
+    for name in ("model", "tokenizer"):
+        source = getattr(args, name, None)
+        if source is not None and args.output_dir.resolve() in Path(source).resolve().parents:
+            raise InputError(
+                f"{option(name)} {source} lies in --output-dir {args.output_dir}, where the run would replace it. "
+                "Choose another output folder."
+            )
     if not is_resumable(args):
         if checkpoints_in(args.output_dir) and not args.overwrite:
             raise InputError(
@@ -120,7 +146,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
         return
     settings = settings_of(args)
     for name, old in read_json(args.output_dir / "run.json")["settings"].items():
-        if settings.get(name) != old:
+        if name not in REPORT_OPTIONS and settings.get(name) != old:
             raise InputError(
                 f"{option(name)} is {settings.get(name)!r}, but the run in {args.output_dir} has {old!r}. Resume with "
                 "the same settings, or start another run in another folder."
@@ -153,7 +179,8 @@ def check_fingerprint(args: argparse.Namespace, fingerprint: str) -> None:
     if fingerprint != old:
         raise InputError(
             f"The data have fingerprint {fingerprint}, but the run in {args.output_dir} has {old}: the content of "
-            f"--data {args.data} or --eval-data {args.eval_data} has changed. Restore it, or start another run."
+            f"--data {args.data}, --eval-data {args.eval_data} or --model {args.model} has changed. Restore it, or "
+            "start another run."
         )
 
 

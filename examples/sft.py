@@ -21,6 +21,7 @@ stay apart in attention; the loss is that of the answers alone, plus the balanci
 too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
 
     run.json        the settings, and a fingerprint of the data, that a resumed run must share
+    tokenizer/      the tokenizer of the run, with its chat template
     checkpoint-N/   the two newest checkpoints
     model/          the trained model with its tokenizer and chat template
     results.json    held-out losses of the answers, exact match, sample solutions, the log of every step
@@ -35,7 +36,7 @@ from itertools import islice
 from pathlib import Path
 
 from answers import solve
-from corpus import Example, add_data_options, check_data_options, load_corpus, load_tokenizer
+from corpus import Example, add_data_options, check_data_options, choose_tokenizer, load_corpus
 from datasets import Dataset
 from report import held_out_table, report
 from run_folder import (
@@ -52,6 +53,7 @@ from training import (
     Stopwatch,
     add_generation_options,
     add_training_options,
+    check_generation_options,
     check_training_options,
     finished_run,
     given_config,
@@ -91,7 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_run_options(args)
     check_data_options(args)
     check_training_options(args)
-    check_positive(args, "max_length", "train_examples", "eval_examples", "num_problems", "max_new_tokens")
+    check_generation_options(args)
+    check_positive(args, "max_length", "train_examples", "eval_examples")
     return args
 
 
@@ -115,6 +118,21 @@ def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
         for row in dataset:
             digest.update(repr(row).encode())
     return digest.hexdigest()[:16]
+
+
+def check_lengths(args: argparse.Namespace, given: dict[str, Dataset], kept: dict[str, Dataset]) -> None:
+    """Says how many conversations `SFTTrainer` left out, since nothing of their answers is within `--max-length`.
+
+    Raises:
+        InputError: All of a split's.
+    """
+    for split, conversations in kept.items():
+        if len(conversations) == 0:
+            raise InputError(
+                f"--max-length is {args.max_length}, before which no answer of the split {split!r} begins. Raise it."
+            )
+        if split != "train" and len(conversations) < len(given[split]):  # those of training are packed
+            print(f"{len(given[split]) - len(conversations)} of {len(given[split])} in {split!r} exceed --max-length.")
 
 
 def train(
@@ -145,18 +163,21 @@ def train(
         processing_class=tokenizer,
         callbacks=[stopwatch],
     )
+    trainer.create_model_card = lambda *args, **kwargs: None  # `model/` has one, which knows the base model
+    check_lengths(args, {"train": conversations, **held_out}, {"train": trainer.train_dataset, **trainer.eval_dataset})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
-    tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry][-1]
+    tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # up to the last evaluation
     return Run(trainer.model, log, tokens / stopwatch.seconds)
 
 
 def finetune(args: argparse.Namespace) -> None:
     """The whole run, from data to report."""
     check_output_dir(args)
-    config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    config = given_config(args.model)
     corpus = load_corpus(args)
+    tokenizer = choose_tokenizer(args, corpus)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     conversations = as_conversations(corpus.train, args.train_examples)
     held_out = {split: as_conversations(examples, args.eval_examples) for split, examples in corpus.held_out.items()}
     checkpoint = open_run(args, tokenizer, fingerprint_of(conversations, held_out))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from corpus import Blocks
-from run_folder import InputError, check_positive
+from run_folder import InputError, check_not_negative, check_positive
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -62,6 +62,7 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: int | floa
 def check_training_options(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
     check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
+    check_not_negative(args, "warmup_steps")
     if args.lr <= 0:
         raise InputError(f"--lr is {args.lr}; it must be more than 0.")
     # A checkpoint holds no part of an average, so a resumed run could not log the same one.
@@ -77,6 +78,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     generation.add_argument("--num-problems", type=int, default=100, help="problems of each split to solve at the end")
     generation.add_argument("--num-samples", type=int, default=2, help="solutions of each split to print")
     generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
+
+
+def check_generation_options(args: argparse.Namespace) -> None:
+    """Raises [`InputError`] where they have no meaning."""
+    check_positive(args, "num_problems", "max_new_tokens")
+    check_not_negative(args, "num_samples")
 
 
 def given_config(source: str) -> CoeConfig:

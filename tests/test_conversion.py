@@ -315,6 +315,8 @@ def test_round_trip(sources, chains, tmp_path, name, options):
         pytest.skip("one configuration of a family will do")
     source = sources(name)
     report = convert(chains(name, options), tmp_path / "back", Options(to="source"), verify_tokens=4)
+    card = ModelCard.load(tmp_path / "back" / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and "computes the same function" in card.text
     assert report["exact"] and report["verification"]["passed"]
     assert_same_tensors(source, tmp_path / "back")
 

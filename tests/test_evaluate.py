@@ -31,13 +31,15 @@ EXAMPLES = ROOT / "examples"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.parquet"
 NUM_LEARNED = 4
 
-# Its command line without what takes longest: the index of lm-eval's own tasks, thousands of files, and a report on
+# lm-eval without what takes longest: the index of lm-eval's own tasks, thousands of files, and a report on
 # the machine.
-COMMAND_LINE = """
+QUICKLY = """
 from lm_eval.tasks._index import TaskIndex
 from torch.utils import collect_env
 TaskIndex._iter_yaml_files = staticmethod(lambda root: sorted(root.glob("*.yaml")))
 collect_env.get_pretty_env_info = str
+"""
+COMMAND_LINE = f"""{QUICKLY}
 from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
 """
@@ -45,7 +47,7 @@ cli_evaluate()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """As in `COMMAND_LINE`."""
+    """As `QUICKLY` does."""
     monkeypatch.setattr(TaskIndex, "_iter_yaml_files", lambda root: sorted(root.glob("*.yaml")))
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
 
@@ -300,6 +302,31 @@ class TestTasks:
         assert record["tasks"]["texts"]["bits_per_byte,none"] > 0 and "perplexity" not in record
         assert re.search(r"\|texts", capsys.readouterr().out)
 
+    def test_the_script_does_not_hide_the_package_of_its_name(self, tmp_path):
+        """Tasks of lm-eval import `evaluate`, which is not `examples/evaluate.py`."""
+        (tmp_path / "names.py").write_text(
+            "import evaluate\n\n\ndef text(document):\n    return evaluate.load.__name__\n"
+        )
+        (tmp_path / "names.yaml").write_text(
+            "task: names\noutput_type: loglikelihood\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+            'test_split: test\ndoc_to_text: !function names.text\ndoc_to_target: "{{text}}"\n'
+        )
+        (tmp_path / "rows.jsonl").write_text('{"text": "Ann has 7 pens."}\n')
+        script = EXAMPLES / "evaluate.py"
+        program = f"{QUICKLY}\nimport runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        program += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+        tiny_model(vocab_size=300).save_pretrained(tmp_path / "model")
+        corpus.train_tokenizer(corpus.ArithmeticExamples(0, "train"), 300).save_pretrained(tmp_path / "model")
+        process = subprocess.run(
+            [sys.executable, "-c", program, "--models", tmp_path / "model", "--tasks", tmp_path / "names.yaml"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0 and "|names" in process.stdout, process.stdout + process.stderr
+
 
 class TestCommandLine:
     """`lm-eval` itself."""
@@ -358,6 +385,8 @@ class TestErrors:
             ("--data {data} --num-fewshot 8", "--num-fewshot is 8, but --data .* has 8 rows; choose fewer"),
             ("--data {data}", "--models no-such-model cannot be loaded"),
             ("--data {data} --models {model} --max-new-tokens 2048", "--max-new-tokens is 2048, .* 2048 positions"),
+            ("--tasks qa_perplexity", "--tasks qa_perplexity is what --data runs"),
+            ("--data {data} --models {model} --model-args dtype=nothing", "cannot be loaded"),
             ("--tasks no_such_task", "--tasks no_such_task does not exist. `lm-eval ls tasks` lists names"),
         ],
     )
@@ -394,8 +423,9 @@ class TestErrors:
         folder = save(AutoModelForCausalLM.from_pretrained(learned), tokenizer, tmp_path)
         assert "the tokenizer has no `eos_token`" in self.fails("--models", folder, "--data", data)
 
-    def test_a_model_that_fails_takes_no_other_with_it(self, learned, data, tmp_path):
+    def test_a_model_that_fails_takes_no_other_with_it(self, learned, data, tmp_path, capsys):
         out = tmp_path / "results" / "out.json"
         argv = ("--data", data, "--limit", 1, "--max-new-tokens", 4, "--out", out)
         assert "--models gone cannot be loaded" in self.fails("--models", learned, "gone", *argv)
         assert [record["model"] for record in json.loads(out.read_text())["models"]] == [str(learned)]
+        assert f"\n{learned}  " in capsys.readouterr().out

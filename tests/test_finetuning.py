@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +95,6 @@ class TestBoth:
             return subprocess.Popen(
                 [*command, *options(script, base, tmp_path, data), *more],
                 cwd=ROOT / "examples",
-                env=None,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -131,6 +131,35 @@ class TestBoth:
         with pytest.raises(SystemExit, match=message):
             SCRIPTS[script].main([*options(script, base, tmp_path / "run", data), *wrong.split()])
         assert not (tmp_path / "run").exists()
+
+
+def test_short_runs_and_other_reports(runs, base, data, tmp_path, capsys):
+    """Fewer steps than between two lines of the log; a resumed run may report other problems."""
+    short = [*options("sft", base, tmp_path, data), "--steps", "2", "--log-steps", "4", "--warmup-steps", "0"]
+    sft.main(short)
+    assert results_of(tmp_path)["tokens_per_second"] > 0
+    sft.main([*short, "--num-problems", "1", "--resume"])
+    assert "exact match" in capsys.readouterr().out
+
+
+def test_lengths_that_leave_no_answer_are_refused(base, data, tmp_path):
+    with pytest.raises(SystemExit, match="--max-length is 8, before which no answer of the split 'held_out' begins"):
+        sft.main([*options("sft", base, tmp_path, data), "--max-length", "8"])
+
+
+def test_an_adapter_does_not_go_on_with_another_model(runs, base, data, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    arguments = options("finetune_lora", tmp_path / "base", tmp_path / "run", data)
+    shutil.copytree(runs["finetune_lora"], tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    run["settings"]["model"] = str(tmp_path / "base")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    finetune_lora.main([*arguments, "--resume"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit, match=r"--model .*base has changed"):
+        finetune_lora.main([*arguments, "--resume"])
 
 
 class TestLora:

@@ -219,6 +219,16 @@ class TestCheckpoints:
             assert not half.exists() and half.name in printed
         assert [path.name for path in run_folder.checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (2, 9, 10)]
 
+    def test_sharded_checkpoints(self, tmp_path):
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        for step, shards in ((2, index["weight_map"].values()), (4, ["model-00001-of-00002.safetensors"])):
+            folder = write_checkpoint(tmp_path, step, without="model.safetensors")
+            run_folder.write_json(folder / "model.safetensors.index.json", index)
+            for shard in shards:
+                (folder / shard).touch()
+        assert run_folder.newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        assert not (tmp_path / "checkpoint-4").exists()
+
     def test_none_is_complete(self, tmp_path):
         write_checkpoint(tmp_path, 2, state="")
         assert run_folder.newest_complete_checkpoint(tmp_path) is None
@@ -235,6 +245,9 @@ class TestErrors:
         [
             ("--steps 0", "--steps is 0; it must be 1 or more"),
             ("--lr 0", "--lr is 0.0; it must be more than 0"),
+            ("--num-samples -1", "--num-samples is -1; it must be 0 or more"),
+            ("--warmup-steps -1", "--warmup-steps is -1; it must be 0 or more"),
+            ("--seed -1", "--seed is -1; it must be 0 or more"),
             ("--top-k 9", "`num_experts_per_tok` is 9, .*--help tells which option sets which field"),
             ("--hidden-size 100", "--hidden-size is 100, .* Choose a multiple of 16"),
             ("--save-steps 15", "--save-steps is 15, .* not a multiple of --log-steps 10"),
@@ -289,6 +302,14 @@ class TestErrors:
         run_folder.write_json(tmp_path / "run.json", {"settings": settings, "data_fingerprint": "0"})
         message = self.fails("--output-dir", tmp_path, "--resume", "--lr", "0.25")
         assert "--lr is 0.25, but the run in" in message and "has 0.5" in message
+
+    @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+    def test_a_run_does_not_replace_what_it_reads(self, tmp_path, more):
+        (tmp_path / "model").mkdir()
+        for name in ("model", "tokenizer"):
+            message = self.fails("--output-dir", tmp_path, f"--{name}", tmp_path / "model", *more)
+            assert f"--{name} {tmp_path}/model lies in --output-dir {tmp_path}" in message
+        assert (tmp_path / "model").is_dir()
 
 
 def start(output_dir: Path, data: Path, *options: str) -> subprocess.Popen:

@@ -39,7 +39,7 @@ from benchmarks.paper.experiments import (
     moe,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
-from benchmarks.paper.runs import SCALES, Run, final_loss, plan, tuning_runs
+from benchmarks.paper.runs import SCALES, mean_loss, plan, tuning_runs
 from configuration_coe import CoeConfig
 
 
@@ -207,27 +207,23 @@ def claim_row(name: str, comparison: Comparison) -> list[str]:
     ]
 
 
-def mean_loss(evidence: Evidence, runs: list[Run]) -> float | None:
-    """The mean of last losses, infinite where one diverged; `None` while a run is missing."""
-    if any(run.id not in evidence.results for run in runs):
-        return None
-    return statistics.fmean(final_loss(evidence.results[run.id]) for run in runs)
-
-
 def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
     scale, rates = evidence.scale, evidence.scale.learning_rates
     arms = [arm.model for name in scale.experiments for arm in EXPERIMENTS[name].arms if arm.own_lr]
     rows = []
     for arm in dict.fromkeys((*BASELINES, *arms)):
-        losses = [mean_loss(evidence, [run for run in tuning_runs(scale, [arm]) if run.lr == rate]) for rate in rates]
-        best = min(filter(None, losses), default=None)
-        shown = ["diverged" if loss == float("inf") else number(loss) for loss in losses]
-        rows.append([arm.label, *(f"**{text}**" if text == number(best) else text for text in shown)])
-    seeds = f"{len(scale.tuning_seeds)} seeds that no other run has" if len(scale.tuning_seeds) > 1 else "one seed"
+        grid = tuning_runs(scale, [arm])
+        losses = [mean_loss(evidence.results, (run for run in grid if run.lr == rate)) for rate in rates]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        cells = ["diverged" if loss == float("inf") else number(loss) for loss in losses]
+        for column, loss in enumerate(losses):
+            if loss is not None and loss == best:
+                cells[column] = f"**{cells[column]}**"
+        rows.append([arm.label, *cells])
     lines = [
-        f"Means of {seeds}. The rate with the lowest mean over the two baselines (the first two rows) is "
-        "that of all runs but those with their own.",
+        f"Means over {len(scale.tuning_seeds)} seed(s) that no other run has. The rate with the lowest mean over the "
+        "two baselines (the first two rows) is that of all runs but those with their own.",
         "",
         *table(("held-out loss", *(f"{rate:g}" for rate in rates)), rows),
     ]

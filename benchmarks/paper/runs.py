@@ -22,6 +22,7 @@ the best of the same grid for their own model instead.
 
 import hashlib
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -257,15 +258,19 @@ def tuning_runs(scale: Scale, arms: Iterable[Arm]) -> list[Run]:
     return [Run(scale, arm, lr, seed) for arm, lr, seed in product(arms, scale.learning_rates, scale.tuning_seeds)]
 
 
+def mean_loss(results: Mapping[str, Any], runs: Iterable[Run]) -> float | None:
+    """The mean of the last losses, infinite where one diverged; `None` while a run is missing."""
+    runs = list(runs)
+    if any(run.id not in results for run in runs):
+        return None
+    return statistics.fmean(final_loss(results[run.id]) for run in runs)
+
+
 def best_rate(scale: Scale, results: Mapping[str, Any], arms: Iterable[Arm]) -> float | None:
     """The learning rate of the grid with the lowest mean loss over arms and seeds; `None` while a run is missing."""
     runs = tuning_runs(scale, arms)
-    if any(run.id not in results for run in runs):
-        return None
-    totals = dict.fromkeys(scale.learning_rates, 0.0)
-    for run in runs:
-        totals[run.lr] += final_loss(results[run.id])
-    return min(totals, key=totals.get)
+    means = {rate: mean_loss(results, (run for run in runs if run.lr == rate)) for rate in scale.learning_rates}
+    return None if None in means.values() else min(means, key=means.get)
 
 
 def learning_rate(scale: Scale, results: Mapping[str, Any], arm: Arm) -> float | None:

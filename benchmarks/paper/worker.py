@@ -52,7 +52,10 @@ import report  # noqa: E402
 import training  # noqa: E402
 
 
-SOURCES = ("configuration_coe/*.py", "modeling_coe/*.py", "examples/*.py", "benchmarks/paper/[vw]*.py")
+SOURCES = (
+    *("configuration_coe/*.py", "modeling_coe/*.py", "benchmarks/paper/[vw]*.py"),
+    *(f"examples/{name}.py" for name in ("arithmetic", "corpus", "pretrain", "report", "training")),
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3  # steps of a timing that do not count
 

@@ -65,6 +65,8 @@ def load(
     """
     if data is None or not Path(data).is_file() or Path(data).suffix not in FILE_FORMATS:
         raise ValueError(f"`data` is {data!r}; give an existing {', '.join(FILE_FORMATS)} file.")
+    if Path(data).stat().st_size == 0:
+        raise ValueError(f"{data} is empty; give a file with rows.")
     rows = load_dataset(FILE_FORMATS[Path(data).suffix], data_files=str(data), split="train")
     for name, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
         if column not in rows.column_names:
