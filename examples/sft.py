@@ -163,7 +163,7 @@ def train(
         processing_class=tokenizer,
         callbacks=[stopwatch],
     )
-    trainer.create_model_card = lambda *args, **kwargs: None  # `model/` has one, which knows the base model
+    trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
     check_lengths(args, {"train": conversations, **held_out}, {"train": trainer.train_dataset, **trainer.eval_dataset})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
