@@ -26,11 +26,11 @@ from arithmetic import Problems
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from run_folder import InputError, is_resumable, option
+from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 TOKENIZER_EXAMPLES = 10_000  # more text does not change a small vocabulary
 

@@ -38,8 +38,6 @@ import torch
 from answers import solve
 from corpus import (
     add_block_options,
-    add_data_options,
-    check_data_options,
     choose_tokenizer,
     encode_prompts,
     fingerprint_of,
@@ -50,19 +48,15 @@ from peft import PeftModel, get_peft_model
 from report import held_out_table, report
 from run_folder import (
     InputError,
-    add_run_options,
     check_output_dir,
     check_positive,
-    check_run_options,
     checkpoint_step,
     open_run,
 )
 from training import (
     Run,
-    add_generation_options,
-    add_training_options,
-    check_generation_options,
-    check_training_options,
+    add_options,
+    check_options,
     finished_run,
     given_config,
     given_model,
@@ -80,8 +74,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_run_options(parser)
-    add_data_options(parser)
     add_block_options(parser)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
@@ -89,14 +81,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     adapter.add_argument("--expert-r", type=int, help="rank of the routed experts' adapters; --r if not given")
     adapter.add_argument("--alpha", type=int, default=16, help="lora_alpha: adapters are scaled by alpha / r")
     adapter.add_argument("--routers", action="store_true", help="adapt the routers too")
-    add_training_options(parser, steps=400, lr=2e-3, warmup_steps=20)
-    add_generation_options(parser)
+    add_options(parser, steps=400, lr=2e-3, warmup_steps=20)
 
     args = parser.parse_args(argv)
-    check_run_options(args)
-    check_data_options(args)
-    check_training_options(args)
-    check_generation_options(args)
+    check_options(args)
     check_positive(args, "block_size", "eval_blocks", "r", "alpha")
     if args.expert_r is not None:
         check_positive(args, "expert_r")

@@ -42,8 +42,6 @@ from answers import solve
 from corpus import (
     Corpus,
     add_block_options,
-    add_data_options,
-    check_data_options,
     choose_tokenizer,
     encode_prompts,
     fingerprint_of,
@@ -53,20 +51,16 @@ from corpus import (
 from report import held_out_table, report, unigram_loss
 from run_folder import (
     InputError,
-    add_run_options,
     check_output_dir,
     check_positive,
-    check_run_options,
     checkpoint_step,
     open_run,
     option,
 )
 from training import (
     Run,
-    add_generation_options,
-    add_training_options,
-    check_generation_options,
-    check_training_options,
+    add_options,
+    check_options,
     finished_run,
     given_config,
     given_model,
@@ -104,8 +98,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_run_options(parser)
-    add_data_options(parser)
     add_block_options(parser)
     tokens = parser.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer", help="folder or Hub name; a byte-level BPE is trained if not given")
@@ -126,8 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--aux-loss", type=float, default=0.001, help="weight of the balancing loss (aux_loss_alpha)")
     model.add_argument("--init-range", type=float, help="initializer_range; sqrt(2 / (5 hidden_size)) if not given")
 
-    add_training_options(parser)
-    add_generation_options(parser)
+    add_options(parser)
 
     args = parser.parse_args(argv)
     if args.model is not None:
@@ -143,11 +134,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where options have no meaning, alone or together."""
-    check_run_options(args)
-    check_data_options(args)
-    check_training_options(args)
+    check_options(args)
     check_positive(args, "block_size", "eval_blocks", "hidden_size", "num_layers", "num_heads")
-    check_generation_options(args)
     # The rotary part of a head is half as wide as the rest, and even.
     if args.hidden_size % (4 * args.num_heads):
         raise InputError(

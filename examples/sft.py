@@ -36,25 +36,21 @@ from itertools import islice
 from pathlib import Path
 
 from answers import solve
-from corpus import Example, add_data_options, check_data_options, choose_tokenizer, load_corpus
+from corpus import Example, choose_tokenizer, load_corpus
 from datasets import Dataset
 from report import held_out_table, report
 from run_folder import (
     InputError,
-    add_run_options,
     check_output_dir,
     check_positive,
-    check_run_options,
     checkpoint_step,
     open_run,
 )
 from training import (
     Run,
     Stopwatch,
-    add_generation_options,
-    add_training_options,
-    check_generation_options,
-    check_training_options,
+    add_options,
+    check_options,
     finished_run,
     given_config,
     given_model,
@@ -79,21 +75,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_run_options(parser)
-    add_data_options(parser)
     conversations = parser.add_argument_group("conversations")
     conversations.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
     conversations.add_argument("--max-length", type=int, default=512, help="tokens in a row of packed conversations")
     conversations.add_argument("--train-examples", type=int, default=8000, help="at most so many are trained on")
     conversations.add_argument("--eval-examples", type=int, default=200, help="of each held-out split, for its loss")
-    add_training_options(parser, steps=400, batch_size=4, lr=1e-3, warmup_steps=20)
-    add_generation_options(parser)
+    add_options(parser, steps=400, batch_size=4, lr=1e-3, warmup_steps=20)
 
     args = parser.parse_args(argv)
-    check_run_options(args)
-    check_data_options(args)
-    check_training_options(args)
-    check_generation_options(args)
+    check_options(args)
     check_positive(args, "max_length", "train_examples", "eval_examples")
     return args
 

@@ -21,8 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from corpus import Blocks
-from run_folder import InputError, check_not_negative, check_positive
+from corpus import Blocks, add_data_options, check_data_options
+from run_folder import (
+    InputError,
+    add_run_options,
+    check_not_negative,
+    check_positive,
+    check_run_options,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,8 +49,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def add_training_options(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
-    """Adds the options of the optimizer and of the log, with some other defaults."""
+def add_options(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
+    """Adds the options that all training scripts have, with some other defaults: of the folder and the data, of the
+    optimizer and the log, of the problems to solve at the end."""
+    add_run_options(parser)
+    add_data_options(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=1200)
     training.add_argument("--batch-size", type=int, default=16, help="sequences per step")
@@ -56,13 +65,20 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: int | floa
     training.add_argument("--log-steps", type=int, default=10)
     training.add_argument("--eval-steps", type=int, default=100)
     training.add_argument("--save-steps", type=int, default=200, help="a multiple of --log-steps")
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--num-problems", type=int, default=100, help="problems of each split to solve at the end")
+    generation.add_argument("--num-samples", type=int, default=2, help="solutions of each split to print")
+    generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
     parser.set_defaults(**defaults)
 
 
-def check_training_options(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
+    check_run_options(args)
+    check_data_options(args)
     check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
-    check_not_negative(args, "warmup_steps")
+    check_positive(args, "num_problems", "max_new_tokens")
+    check_not_negative(args, "warmup_steps", "num_samples")
     if args.lr <= 0:
         raise InputError(f"--lr is {args.lr}; it must be more than 0.")
     # A checkpoint holds no part of an average, so a resumed run could not log the same one.
@@ -71,19 +87,6 @@ def check_training_options(args: argparse.Namespace) -> None:
             f"--save-steps is {args.save_steps}, which is not a multiple of --log-steps {args.log_steps}: a resumed "
             "run would log another average. Choose a multiple."
         )
-
-
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    generation = parser.add_argument_group("generation")
-    generation.add_argument("--num-problems", type=int, default=100, help="problems of each split to solve at the end")
-    generation.add_argument("--num-samples", type=int, default=2, help="solutions of each split to print")
-    generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
-
-
-def check_generation_options(args: argparse.Namespace) -> None:
-    """Raises [`InputError`] where they have no meaning."""
-    check_positive(args, "num_problems", "max_new_tokens")
-    check_not_negative(args, "num_samples")
 
 
 def given_config(source: str) -> CoeConfig:
