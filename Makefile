@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := configuration_coe modeling_coe model_cards conversion benchmarks examples tests
 
 .PHONY: demo test quality style benchmarks evidence clean
 
@@ -14,12 +13,12 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto tests
 
 quality: $(INSTALLED)
-	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 style: $(INSTALLED)
-	$(BIN)/ruff check --fix $(CODE)
-	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 # The CPU set, on one core: other processes on the machine disturb it little, but they do.
 benchmarks: $(INSTALLED)

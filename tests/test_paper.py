@@ -384,6 +384,16 @@ class TestReport:
             in self.written(tmp_path, known)
         )
 
+    def test_memory_at_the_size_of_a_scale(self):
+        fewer, chain = coe(OFFICIAL, 2, 4, experts=47), coe(OFFICIAL, 2, 8)
+        known = finished({fewer: [1.0, 1.0], chain: [1.0, 1.0]}, scale=CPU)
+        for seed, mebibytes in ((1, 30), (2, 50)):
+            known[Run(CPU, fewer, 1e-3, seed).id] |= {"parameters": 80, "peak_memory_above_start": mebibytes * 2**20}
+            known[Run(CPU, chain, 1e-3, seed).id]["peak_memory_above_start"] = 50 * 2**20
+        rows = [row for row in report.memory(Evidence(CPU, known)) if row.startswith("| -1")]
+        assert rows == ["| -17.6 %: 48 instead of 64 experts | -20.0% | -20.0% |"]
+        assert report.memory(Evidence(SMOKE, {})) == []
+
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():
             config = report.paper_config(arm)

@@ -20,6 +20,7 @@ What has not been run is said to be missing; nothing is filled in.
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,6 +53,10 @@ PAPER_PARAMETERS = {moe(OFFICIAL): 544.51, coe(OFFICIAL, 2, 8): 544.75, coe(OFFI
 PAPER_PARAMETERS |= {moe(OFFICIAL, depth=2): 1089.01, moe(OFFICIAL, depth=3): 1633.52}
 PAPER_MEMORY = {coe(OFFICIAL, 2, 8): 11.70, coe(OFFICIAL, 2, 4, experts=47): 9.64}
 PAPER_MEMORY |= {moe(OFFICIAL, depth=2): 20.21, moe(OFFICIAL, depth=3): 28.71}
+MEMORY_CLAIMS = (  # what is claimed, of which arm, against which
+    ("-17.6 %: 48 instead of 64 experts", coe(OFFICIAL, 2, 4, experts=47), coe(OFFICIAL, 2, 8)),
+    ("-42 %: CoE-2(8/64) instead of MoE(8/64) of 2x layers", coe(OFFICIAL, 2, 8), moe(OFFICIAL, depth=2)),
+)
 PAPER_SECONDS = {moe(OFFICIAL): 989, moe(OFFICIAL, 16): 1451, moe(OFFICIAL, 24): 1852, coe(OFFICIAL, 2, 8): 1755}
 
 
@@ -294,6 +299,7 @@ def models(evidence: Evidence) -> list[str]:
         "the ratio at larger widths.",
         "",
         *table(costs, [cost_row(evidence, arm, found) for arm, found in runs.items()]),
+        *memory(evidence),
         "### Routing",
         "",
         "Of the trained models on held-out tokens, means over layers and seeds, by iteration. `entropy`: of the load, "
@@ -308,10 +314,34 @@ def models(evidence: Evidence) -> list[str]:
     ]
 
 
+def peak_memory(runs: list[dict[str, Any]]) -> float:
+    """Mean peak of training runs, in bytes above what the process held before; of the device where there is one."""
+    return statistics.fmean(run["peak_device_memory"] or run["peak_memory_above_start"] for run in runs)
+
+
+def memory(evidence: Evidence) -> list[str]:
+    """The paper's claims about memory at this scale's size; none where a model of theirs has no run."""
+    rows = []
+    for claim, *arms in MEMORY_CLAIMS:
+        ours, theirs = (list(evidence.runs(arm).values()) for arm in arms)
+        if ours and theirs:
+            parameters = ours[0]["parameters"] / theirs[0]["parameters"] - 1
+            rows.append((claim, f"{parameters:+.1%}", f"{peak_memory(ours) / peak_memory(theirs) - 1:+.1%}"))
+    if not rows:
+        return []
+    return [
+        "### Memory",
+        "",
+        "The paper's claims at this size: what parameters, gradients and moments take, and the measured peak, which "
+        "holds activations too.",
+        "",
+        *table(("claim", "parameters", "measured peak"), rows),
+    ]
+
+
 def cost_row(evidence: Evidence, arm: Arm, runs: list[dict[str, Any]]) -> list[str]:
     first, timing = runs[0], evidence.timing(arm)
     ratio = timing and timing["ratio"]
-    memory = [run["peak_device_memory"] or run["peak_memory_above_start"] for run in runs]
     return [
         arm.label,
         f"{first['parameters']:,}",
@@ -322,7 +352,7 @@ def cost_row(evidence: Evidence, arm: Arm, runs: list[dict[str, Any]]) -> list[s
         number(statistics.median(run["cpu_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["wall_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["tokens_per_second"] for run in runs), 0),
-        number(statistics.fmean(memory) / 2**20, 0),
+        number(peak_memory(runs) / 2**20, 0),
         number(first["parameters"] * ADAMW_BYTES / 2**20, 0),
     ]
 
@@ -382,11 +412,7 @@ def arithmetic() -> list[str]:
                 number(PAPER_MEMORY.get(arm), 2),
             )
         )
-    chain, fewer, deeper = coe(OFFICIAL, 2, 8), coe(OFFICIAL, 2, 4, experts=47), moe(OFFICIAL, depth=2)
-    saved = {
-        "-17.6 %: 48 instead of 64 experts": memory_bytes(fewer) / memory_bytes(chain) - 1,
-        "-42 %: CoE-2(8/64) of 4 layers instead of MoE(8/64) of 8": memory_bytes(chain) / memory_bytes(deeper) - 1,
-    }
+    saved = {claim: memory_bytes(arm) / memory_bytes(against) - 1 for claim, arm, against in MEMORY_CLAIMS}
     chained, single = (
         CoeConfig(n_routed_experts=64, num_experts_per_tok=top_k, inner_iter=iterations).expert_combinations
         for top_k, iterations in ((4, 2), (8, 1))
@@ -414,7 +440,7 @@ def arithmetic() -> list[str]:
             ),
         ),
         "Whether the losses are the same, which is what makes the savings worth something, is the claim of `figure_6` "
-        "and of `figure_4`.",
+        "and of `figure_4`; the memory of the models of a scale is under its `Memory`.",
         "",
     ]
 
@@ -445,12 +471,12 @@ def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[A
     lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence), *summary(evidence)]
     lines += ["### Claims", "", *claims(evidence)]
     if plot_differences(evidence, folder / "differences.png"):
-        lines += [f"![differences]({(folder / 'differences.png').relative_to(root)})", ""]
+        lines += [f"![differences]({os.path.relpath(folder / 'differences.png', root)})", ""]
     lines += ["### Learning rates", "", *learning_rates(evidence)]
     for name in evidence.scale.experiments:
         image = folder / f"{name}.png"
         drawn = plot_experiment(evidence, EXPERIMENTS[name], paper, image)
-        lines += experiment_section(evidence, EXPERIMENTS[name], str(image.relative_to(root)) if drawn else None)
+        lines += experiment_section(evidence, EXPERIMENTS[name], os.path.relpath(image, root) if drawn else None)
     return lines + models(evidence)
 
 
