@@ -14,7 +14,6 @@
 """Pairs of a prompt and an answer: where they come from, their tokenizer, and blocks of their tokens."""
 
 import argparse
-import hashlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from arithmetic import Problems
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from run_folder import InputError, is_resumable, option
+from run_folder import InputError, is_resumable, option, short_hash
 from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -276,7 +275,4 @@ def pack_corpus(
 
 def fingerprint_of(train: torch.Tensor, held_out: dict[str, torch.Tensor]) -> str:
     """A short hash of all token ids."""
-    digest = hashlib.sha256(train.numpy())
-    for blocks in held_out.values():
-        digest.update(blocks.numpy())
-    return digest.hexdigest()[:16]
+    return short_hash(blocks.numpy() for blocks in (train, *held_out.values()))

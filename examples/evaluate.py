@@ -47,6 +47,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
+from peft import PeftModel
 from run_folder import InputError, check_positive, write_json
 from tasks.question_answer import final_answer
 
@@ -203,7 +204,9 @@ def evaluate(name: str, args: argparse.Namespace, manager: TaskManager, tasks: l
         limit=args.limit,
         batch_size=args.batch_size,
     )
-    config, results, samples = model.config, output["results"], output["samples"]
+    results, samples = output["results"], output["samples"]
+    # A CoE model's configuration knows what it costs, but not what an adapter on it does.
+    costs = None if isinstance(model.model, PeftModel) else model.config
     measures = {}
     if PERPLEXITY in samples:
         measures = likelihoods(model, samples[PERPLEXITY])
@@ -215,9 +218,8 @@ def evaluate(name: str, args: argparse.Namespace, manager: TaskManager, tasks: l
     return {
         "model": name,
         "total_parameters": model.model.num_parameters(),
-        # Of CoE models.
-        "active_parameters": getattr(config, "active_parameters", None),
-        "expert_flops_per_token": getattr(config, "expert_flops_per_token", None),
+        "active_parameters": getattr(costs, "active_parameters", None),
+        "expert_flops_per_token": getattr(costs, "expert_flops_per_token", None),
         "problems": len(samples[PERPLEXITY]) if PERPLEXITY in samples else None,
         **{measure: figures._asdict() for measure, figures in measures.items()},
         "tasks": results,

@@ -29,7 +29,6 @@ them. Data, `--resume` and what is reported are those of `pretrain.py`. The outp
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ from run_folder import (
     check_positive,
     checkpoint_step,
     open_run,
+    short_hash,
 )
 from training import (
     Run,
@@ -93,10 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def weights_fingerprint(model: CoeForCausalLM) -> str:
     """A short hash of all weights: an adapter fits one model only, and its checkpoints do not hold that."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy())
-    return digest.hexdigest()[:16]
+    return short_hash(tensor.cpu().numpy() for tensor in model.state_dict().values())
 
 
 def train(

@@ -14,10 +14,12 @@
 """The folder of a training run: its settings, its checkpoints, and which one a killed run goes on from."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,14 @@ OUTPUTS = ("tokenizer", "model", "adapter", "results.json", "loss_curve.png")
 
 class InputError(ValueError):
     """What the user gave does not work; the message names the option, its value and the remedy."""
+
+
+def short_hash(parts: Iterable[Any]) -> str:
+    """A short hash of buffers in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def option(name: str) -> str:

@@ -29,7 +29,6 @@ too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of 
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterable
 from itertools import islice
@@ -45,6 +44,7 @@ from run_folder import (
     check_positive,
     checkpoint_step,
     open_run,
+    short_hash,
 )
 from training import (
     Run,
@@ -103,11 +103,7 @@ def as_conversations(examples: Iterable[Example], count: int) -> Dataset:
 
 def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
     """A short hash of all conversations."""
-    digest = hashlib.sha256()
-    for dataset in (train, *held_out.values()):
-        for row in dataset:
-            digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]
+    return short_hash(repr(row).encode() for dataset in (train, *held_out.values()) for row in dataset)
 
 
 def check_lengths(args: argparse.Namespace, given: dict[str, Dataset], kept: dict[str, Dataset]) -> None:

@@ -12,9 +12,12 @@ import corpus
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from tasks import question_answer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_coe import lora_config
 
 from .helpers import ROOT, WITHOUT_PACKAGE, tiny_model
 
@@ -226,6 +229,21 @@ class TestMeasures:
         printed = capsys.readouterr().out
         assert "has answers without a number after ####: there is no exact match" in printed
         assert re.search(rf"{llama} +{records[0]['total_parameters']:,} +- +- .* -\n", printed)
+
+    def test_an_adapter(self, learned, rows, data, tmp_path):
+        """It computes what the merged model does; its cost, which the configuration does not know, is left out."""
+        model = AutoModelForCausalLM.from_pretrained(learned)
+        adapted = get_peft_model(model, lora_config(model, r=2, init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "adapter")
+        argv = ("--data", data, "--limit", 2, "--max-new-tokens", 2)
+        options = ("--models", learned, "--model-args", f"peft={tmp_path / 'adapter'}", *argv)
+        (record,) = run(*options, tmp_path / "adapter.json")
+        merged = save(adapted.merge_and_unload(), AutoTokenizer.from_pretrained(learned), tmp_path / "merged")
+        (expected,) = run("--models", merged, *argv, tmp_path / "merged.json")
+        assert record["perplexity"]["value"] == pytest.approx(expected["perplexity"]["value"], rel=1e-4)
+        assert record["total_parameters"] > expected["total_parameters"]
+        assert record["active_parameters"] is record["expert_flops_per_token"] is None
+        assert expected["active_parameters"] > 0 and expected["expert_flops_per_token"] > 0
 
     def test_beginning_of_sequence_token(self, learned, tokenizer, rows, data, tmp_path):
         """A tokenizer that adds one keeps doing so, unless told not to."""
