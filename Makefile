@@ -28,10 +28,11 @@ benchmarks: $(INSTALLED)
 		$(BIN)/python benchmarks/experts.py --size $$size || exit 1; \
 	done
 
-# The paper's experiments at the scale of two CPU cores: hours. May be stopped and started at any time.
+# The paper's experiments at the scale of two CPU cores: hours. May be stopped and started at any time. The report is
+# written in any case, and says what is missing.
 evidence: $(INSTALLED)
-	$(BIN)/python -m benchmarks.paper.run --scale cpu
-	$(BIN)/python -m benchmarks.paper.report
+	$(BIN)/python -m benchmarks.paper.run --scale cpu; status=$$?; \
+	$(BIN)/python -m benchmarks.paper.report && exit $$status
 
 clean:
 	rm -rf $(VENV)

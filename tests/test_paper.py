@@ -21,6 +21,7 @@ from benchmarks.paper.experiments import (
     EXPERIMENTS,
     FIGURE_3A,
     FIGURE_5,
+    FIGURE_6,
     ITERATIONS,
     OFFICIAL,
     PAPER_LOSS,
@@ -35,7 +36,7 @@ from benchmarks.paper.experiments import (
 )
 from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
 from benchmarks.paper.runs import SCALES, TIMING_SEED, Run, plan, tuning_runs
-from modeling_coe import CoeConfig
+from modeling_coe import CoeConfig, CoeForCausalLM
 from tests.helpers import RESIDUAL_FLAGS, ROOT, random_ids, tiny_config
 
 
@@ -75,12 +76,15 @@ def line(made: Run, curve: list, **changes) -> dict:
         "transformers": "5",
         "date": "2026-01-01",
     }
+    config = config_of(made)
     iteration = {"load_entropy": 0.9, "max_vio": 1.0, "dead_share": 0.0}
     return {
         **common,
         **{"machine": machine, "split": "numbers", "held_out": {"numbers": curve, "templates": curve[-1:]}},
-        **{"training": [], "unigram": {"numbers": 4.0}, "order_fingerprint": f"{made.seed}", "parameters": 100},
-        **{"active_parameters": 50, "expert_flops_per_token": config_of(made).expert_flops_per_token},
+        **{"training": [], "unigram": {"numbers": 4.0}, "order_fingerprint": f"{made.seed}"},
+        **{"parameters": config.total_parameters, "active_parameters": config.active_parameters},
+        "non_embedding_parameters": config.total_parameters - config.embedding_parameters,
+        "expert_flops_per_token": config.expert_flops_per_token,
         **{"cpu_seconds_per_step": {"median": 0.1}, "wall_seconds_per_step": {"median": 0.1}},
         **{"tokens_per_second": 1000.0, "peak_memory_above_start": 2**20, "peak_device_memory": None},
         "routing": [
@@ -165,9 +169,26 @@ class TestTable:
         runs = [made for stage in stages.values() for made in stage]
         assert complete and len({made.id for made in runs}) == len(runs)
         assert list(stages) == ["learning_rate", *EXPERIMENTS, "timing"]
-        wanted = {(arm.model, data) for arm in ARMS for data in [arm.data]}
+        arms = [arm for experiment in CPU.experiments for arm in experiment.arms]
+        wanted = {(arm.model, arm.data) for arm in [*arms, *BASELINES]}
         trained = {(made.arm.model, made.arm.data) for made in runs if made.kind == "train"}
         assert trained == wanted and {made.arm for made in stages["timing"]} == {arm.model for arm in ARMS}
+
+    def test_experiments_on_the_second_data(self):
+        scale = replace(SMOKE, names=("figure_6", "figure_3a"), on_second_data=("figure_6",))
+        stages, _ = plan(scale, {}, assumed_rate=1e-3)
+        assert {made.settings["data"] for made in stages["figure_6"]} == {"gsm8k"}
+        assert {made.settings["data"] for made in stages["figure_3a"]} == {"arithmetic"}
+        assert all("--data=root/gsm8k/train.parquet" in made.argv("out", "root") for made in stages["figure_6"])
+        figure_6, figure_3a = scale.experiments
+        assert {arm.data for arm in figure_6.arms} == {"second"} and figure_3a == FIGURE_3A
+        assert [contrast.label for contrast in figure_6.contrasts] == [each.label for each in FIGURE_6.contrasts]
+
+    def test_what_every_run_shares(self):
+        """Not part of a run's identity: who changes it has to make all runs anew."""
+        made = Run(CPU, moe(OFFICIAL), 1e-3, 1).argv("out", "root")
+        shared = ("--schedule=constant_with_warmup", "--weight-decay=0.01", "--beta2=0.95", "--aux-loss=0.001")
+        assert set(shared) <= set(made)
 
     def test_the_grid_comes_first_and_only_the_baselines_decide(self):
         scale = replace(SMOKE, tuning_seeds=(0, 9))
@@ -194,7 +215,7 @@ class TestTable:
         assert {made.lr for made in stages["figure_3a"]} == {4e-3}
 
     def test_own_learning_rates(self):
-        scale = replace(SMOKE, experiments=("own_learning_rates",))
+        scale = replace(SMOKE, names=("own_learning_rates",))
         stages, complete = plan(scale, {}, assumed_rate=1e-3)
         own = [made for made in stages["own_learning_rates"] if made.seed in scale.tuning_seeds]
         assert {made.arm for made in own} == {coe(OFFICIAL, 2, 4), coe(PRENORM, 2, 4)}
@@ -210,8 +231,15 @@ class TestTable:
 
     def test_paper_figures(self):
         assert {arm.model for arm in PAPER_LOSS} <= {arm.model for arm in ARMS}
-        assert paper_loss(coe(PRENORM, 2, 4)) == paper_loss(coe(OFFICIAL, 2, 4, data="second")) == 1.1211
-        assert paper_loss(coe("init", 2, 8)) is None
+        assert paper_loss(coe(OFFICIAL, 2, 4, data="second")) == 1.1211
+        assert paper_loss(coe("init", 2, 8)) is paper_loss(coe(PRENORM, 2, 4)) is None
+
+    def test_whose_claim_it_is(self):
+        official, standard, mixed, *_ = FIGURE_3A.contrasts
+        assert [each.source for each in (official, standard, mixed)] == ["paper", "ours", "ours"]
+        assert [each.rule for each in (official, standard, mixed)] == [OFFICIAL, PRENORM, f"{OFFICIAL} vs {PRENORM}"]
+        claimed = {each.source for each in EXPERIMENTS["ours"].contrasts if each.claim}
+        assert claimed == {"sceptics"}
 
     def test_paper_curves_end_where_the_table_says(self):
         curves = read_paper_curves(ROOT.parent / "shared" / "data" / "paper_curves")
@@ -315,16 +343,40 @@ class TestStatistics:
                 (Run(SMOKE, single, 1e-3, 1), [[0, 10.0], [4, 4.0]]),
             )
         }
+        contrast = Contrast(chain, single)
+        assert Evidence(SMOKE, known).differences(contrast, "seconds") == []  # the chain was not timed
         timing = Run(SMOKE, chain.model, 0.0, TIMING_SEED, kind="timing")
         known[timing.id] = line(timing, [], ratio={"median": 1.6})
-        contrast = Contrast(chain, single)
-        assert Evidence(SMOKE, known).differences(contrast, "seconds") == []  # the other was not timed
+        # The other is the unit, whatever its own timing says.
         timing = Run(SMOKE, single.model, 0.0, TIMING_SEED, kind="timing")
-        known[timing.id] = line(timing, [], ratio={"median": 1.0})
+        known[timing.id] = line(timing, [], ratio={"median": 0.9})
         evidence = Evidence(SMOKE, known)
         assert evidence.differences(contrast, "steps") == [2.0 - 4.0]
-        assert evidence.differences(contrast, "FLOPs") == [pytest.approx(6.0 - 4.0)]  # twice the FLOPs: at step 2
+        assert evidence.differences(contrast, "steps", share=0.5) == [6.0 - 7.0]
         assert evidence.differences(contrast, "seconds") == [pytest.approx(5.0 - 4.0)]  # at step 2.5
+        ratio = evidence.cost(chain, "FLOPs") / evidence.cost(single, "FLOPs")
+        assert 1 < ratio < 2  # of attention and head there is one
+        assert evidence.differences(contrast, "FLOPs") == [pytest.approx(10 - 2 * 4 / ratio - 4.0)]
+
+    @pytest.mark.parametrize(
+        "arm",
+        [moe(OFFICIAL, depth=2), coe(OFFICIAL, 2, 8), coe(OFFICIAL, 2, 8, shared_router=True), dense(PRENORM, 2)],
+        ids=lambda arm: arm.label,
+    )
+    def test_flops_of_a_model(self, arm):
+        """Every matrix once, but a router shared by iterations in each, and of the experts what is chosen."""
+        made = Run(CPU, arm, 1e-3, 1)
+        config = config_of(made)
+        model = CoeForCausalLM(config)
+        matrices = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2}
+        routers = sum(size for name, size in matrices.items() if ".gate." in name)
+        others = sum(size for name, size in matrices.items() if "expert" not in name and "embed" not in name)
+        num_routers = config.num_hidden_layers * (1 if arm.shared_router else arm.iterations)
+        assert routers == num_routers * config.hidden_size * arm.experts
+        again = routers * (arm.iterations - 1) if arm.shared_router else 0
+        expected = config.expert_flops_per_token + 2 * (others + again)
+        # Norms have a weight for every channel.
+        assert analysis.flops_per_token(line(made, [[0, 1.0]])) == pytest.approx(expected, rel=0.005)
 
     def test_diverged_and_missing_runs_are_no_pairs(self):
         chain, single = coe(OFFICIAL, 2, 4), moe(OFFICIAL)
@@ -334,8 +386,11 @@ class TestStatistics:
         made = Run(SMOKE, single, 1e-3, 2)
         known[made.id] = line(made, [[0, 6.0], [2, 5.0], [4, None]])
         comparison = Evidence(SMOKE, known).compare(Contrast(chain, single))
-        assert (comparison.loss, comparison.against) == (1.0, 1.5)
-        assert Evidence(SMOKE, known).losses(single) == [1.5]
+        assert (comparison.loss, comparison.against, comparison.diverged) == (1.0, 1.5, 0)
+        assert comparison.relative().mean == pytest.approx(-1 / 3)
+        assert {each.count for each in comparison.differences.values() if each} == {1}
+        other_way = Evidence(SMOKE, known).compare(Contrast(single, chain))
+        assert other_way.diverged == 1 and other_way.verdict() == DOES_NOT
         assert Evidence(SMOKE, {}).compare(Contrast(chain, single)).verdict() == MISSING
 
 
@@ -350,7 +405,7 @@ class TestReport:
 
     def verdict_of(self, text: str, rule: str = OFFICIAL) -> str:
         rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| CoE-2(4/64) reaches")]
-        return next(row[6] for row in rows if row[2] == rule)
+        return next(row[7] for row in rows if row[3] == rule)
 
     def test_a_claim_that_holds(self, tmp_path):
         # The differences vary less than the losses.
@@ -358,9 +413,12 @@ class TestReport:
         text = self.written(tmp_path, known)
         assert self.verdict_of(text) == "**holds**" and self.verdict_of(text, PRENORM) == "**not run**"
         assert "-0.0995 ± 0.0064" in text and "1.1211 vs 1.1958 (-6.2%)" in text
+        assert "| 1.1005 vs 1.2000 | -8.3 ± 0.5 % |" in text and "Of 3 claims: 1 holds, 1 does not, 1 not run." in text
         assert "**Missing: 3 of 16 runs** (figure_3a 2, timing 1)." in text
         assert "The headline comparison is not finished." in text
-        assert "| CoE-2(4/64) inner | 0.900 / 0.900 | 1.00 / 1.00 | 0.000 / 0.000 | 0.100 (0.063) |" in text
+        assert (
+            "| CoE-2(4/64) inner | arithmetic | 0.900 / 0.900 | 1.00 / 1.00 | 0.000 / 0.000 | 0.100 (0.063) |" in text
+        )
         assert (tmp_path / "smoke" / "figure_3a.png").stat().st_size > 0
 
     def test_a_claim_that_does_not(self, tmp_path):
@@ -385,13 +443,16 @@ class TestReport:
         )
 
     def test_memory_at_the_size_of_a_scale(self):
-        fewer, chain = coe(OFFICIAL, 2, 4, experts=47), coe(OFFICIAL, 2, 8)
-        known = finished({fewer: [1.0, 1.0], chain: [1.0, 1.0]}, scale=CPU)
-        for seed, mebibytes in ((1, 30), (2, 50)):
-            known[Run(CPU, fewer, 1e-3, seed).id] |= {"parameters": 80, "peak_memory_above_start": mebibytes * 2**20}
-            known[Run(CPU, chain, 1e-3, seed).id]["peak_memory_above_start"] = 50 * 2**20
-        rows = [row for row in report.memory(Evidence(CPU, known)) if row.startswith("| -1")]
-        assert rows == ["| -17.6 %: 48 instead of 64 experts | -20.0% | -20.0% |"]
+        fewer, single = coe(OFFICIAL, 2, 4, experts=47, data="second"), moe(OFFICIAL, data="second")
+        known = finished({fewer: [1.0, 1.0], single: [1.0, 1.0]}, scale=CPU)
+        for seed, mebibytes in ((1, 79), (2, 81)):
+            known[Run(CPU, fewer, 1e-3, seed).id] |= {"parameters": 90, "peak_memory_above_start": mebibytes * 2**20}
+            known[Run(CPU, single, 1e-3, seed).id] |= {"parameters": 100, "peak_memory_above_start": 100 * 2**20}
+        rows = [row for row in report.memory(Evidence(CPU, known)) if row.startswith("| CoE")]
+        assert rows == [
+            "| CoE-2(4/48) takes less memory than MoE(8/64) | gsm8k | -17.6% | -10.0% | "
+            "-20.0 ± 12.7 % | **holds** | 2 |"
+        ]
         assert report.memory(Evidence(SMOKE, {})) == []
 
     def test_arithmetic_of_the_paper(self):

@@ -15,13 +15,15 @@
 
 The rule of the verdicts, fixed before the runs:
 
-- Differences are paired: of two arms with the same seed, hence the same data in the same order and, where shapes
-  agree, the same weights at first. Their mean has a 95 % interval by Student's t over the seeds.
+- Differences are paired: of two arms with the same seed, hence the same data in the same order. Their mean has a 95 %
+  interval by Student's t over the seeds.
 - "A is better than B" **holds** if the whole interval of A - B lies below zero; it **does not** hold if the whole
   interval excludes an advantage of a fifth of the paper's, relative to the loss of B (of any advantage, where there is
-  no figure of the paper's); that is asked first. Else one **cannot tell**.
+  no figure of the paper's); that is asked first. Else one **cannot tell**. The paper's advantage under its own rule
+  is asked of pre-norm models as well.
 - "A matches B" **holds** if the whole interval lies below 1.5 % of B's loss, which is a little more than what
   separates the paper's own matches (1.0 % and 1.1 %), **does not** if it lies above, and else one **cannot tell**.
+- A claim **does not** hold if A diverged for a seed for which B did not.
 """
 
 import statistics
@@ -31,14 +33,24 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
-from benchmarks.paper.experiments import BASELINES, Arm, Contrast, paper_loss
+from benchmarks.paper.experiments import (
+    BASELINES,
+    OFFICIAL,
+    Arm,
+    Contrast,
+    Experiment,
+    moe,
+    paper_loss,
+    under_official_rule,
+)
 from benchmarks.paper.runs import TIMING_SEED, Run, Scale, learning_rate
 from benchmarks.upcycling import interval
 
 
 MEASURES = ("steps", "FLOPs", "seconds")
-HOLDS, DOES_NOT, CANNOT_TELL, MISSING = "holds", "does not", "cannot tell", "not run"
+VERDICTS = HOLDS, DOES_NOT, CANNOT_TELL, MISSING = "holds", "does not", "cannot tell", "not run"
 SHARE_OF_EFFECT, TOLERANCE = 0.2, 0.015
+REFERENCE = moe(OFFICIAL)  # whose training step is the unit of time
 
 Curve = list[tuple[float, float]]
 
@@ -57,6 +69,9 @@ class Estimate(NamedTuple):
     @property
     def high(self) -> float:
         return self.mean + self.half
+
+    def __truediv__(self, divisor: float) -> "Estimate":
+        return Estimate(self.mean / divisor, self.half / divisor, self.count)
 
 
 def estimate(values: list[float]) -> Estimate | None:
@@ -81,6 +96,19 @@ def interpolate(curve: Curve, step: float) -> float:
     raise ValueError(f"The curve goes from step {curve[0][0]} to {curve[-1][0]}, so it has no loss at {step}.")
 
 
+def flops_per_token(result: Mapping[str, Any]) -> float:
+    """Forward floating-point operations (2 per multiply-add) that a token costs in products with weights: experts,
+    attention, routers and output head. Attention's products of activations are left out."""
+    settings = result["settings"]
+    width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "layers", "experts"))
+    all_experts = num_layers * (num_experts + settings["shared_experts"]) * 3 * width * settings["expert_width"]
+    others = result["non_embedding_parameters"] - all_experts
+    if settings["shared_router"]:  # a parameter once, used in every iteration
+        others += (settings["iterations"] - 1) * num_layers * num_experts * width
+    head = (result["parameters"] - result["non_embedding_parameters"]) // 2
+    return result["expert_flops_per_token"] + 2 * (others + head)
+
+
 def verdict(
     difference: Estimate | None, against: float | None, matches: bool, paper: tuple[float, float] | None
 ) -> str:
@@ -103,21 +131,36 @@ def verdict(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the runs say about a contrast: differences by measure, and the mean losses after all steps."""
+    """What the runs say about a contrast: differences by measure, the mean losses after all steps, and the seeds for
+    which the first diverged and the second did not."""
 
     contrast: Contrast
     differences: dict[str, Estimate | None]
     loss: float | None
     against: float | None
+    diverged: int
 
     @property
     def paper(self) -> tuple[float, float] | None:
         """The paper's losses, where it has both."""
-        losses = paper_loss(self.contrast.arm), paper_loss(self.contrast.against)
-        return None if None in losses else losses
+        return paper_losses(self.contrast.arm, self.contrast.against)
+
+    def relative(self, measure: str = "steps") -> Estimate | None:
+        """The difference as a share of the second's loss."""
+        difference = self.differences[measure]
+        return None if difference is None or self.against is None else difference / self.against
 
     def verdict(self, measure: str = "steps") -> str:
-        return verdict(self.differences[measure], self.against, self.contrast.matches, self.paper)
+        if self.diverged:
+            return DOES_NOT
+        contrast = self.contrast
+        expected = paper_losses(under_official_rule(contrast.arm), under_official_rule(contrast.against))
+        return verdict(self.differences[measure], self.against, contrast.matches, expected)
+
+
+def paper_losses(arm: Arm, against: Arm) -> tuple[float, float] | None:
+    losses = paper_loss(arm), paper_loss(against)
+    return None if None in losses else losses
 
 
 class Evidence:
@@ -148,6 +191,11 @@ class Evidence:
     def any_run(self, arm: Arm) -> dict[str, Any] | None:
         return next(iter(self.runs(arm).values()), None)
 
+    def common_seeds(self, experiment: Experiment) -> list[int]:
+        """Seeds that all arms of an experiment have runs of, but for arms without any."""
+        found = [runs.keys() for arm in experiment.arms if (runs := self.runs(arm))]
+        return sorted(set.intersection(*map(set, found))) if found else []
+
     def curve(self, result: dict[str, Any]) -> Curve:
         """Held-out losses of the main split over the steps, as far as they are finite."""
         return list(takewhile(lambda point: point[1] is not None, result["held_out"][result["split"]]))
@@ -156,15 +204,6 @@ class Evidence:
         """The loss after the last step, of the main split or another; `None` where training diverged."""
         step, loss = result["held_out"][split or result["split"]][-1]
         return loss if step == self.scale.steps else None
-
-    def losses(self, arm: Arm, split: str | None = None) -> list[float]:
-        """The last losses of an arm's runs that did not diverge."""
-        losses = (self.final(result, split) for result in self.runs(arm).values())
-        return [loss for loss in losses if loss is not None]
-
-    def curves(self, arm: Arm) -> list[Curve]:
-        """The curves of an arm's runs that did not diverge."""
-        return [self.curve(result) for result in self.runs(arm).values() if self.final(result) is not None]
 
     def timing(self, arm: Arm) -> dict[str, Any] | None:
         """The timing of an arm's training step."""
@@ -176,34 +215,39 @@ class Evidence:
             return 1.0
         if measure == "FLOPs":
             result = self.any_run(arm)
-            return result and result["expert_flops_per_token"]
+            return result and flops_per_token(result)
+        if arm.model == REFERENCE:
+            return 1.0
         timing = self.timing(arm)
         return timing and timing["ratio"]["median"]
 
-    def differences(self, contrast: Contrast, measure: str) -> list[float]:
+    def differences(self, contrast: Contrast, measure: str, share: float = 1.0) -> list[float]:
         """Loss of the arm minus that of the other, seed by seed, when both have spent what the cheaper one spends in
-        all its steps."""
+        all its steps, or in a share of them. Seeds for which one diverged are left out."""
         costs = self.cost(contrast.arm, measure), self.cost(contrast.against, measure)
         if None in costs:
             return []
-        budget = self.scale.steps * min(costs)
+        budget = share * self.scale.steps * min(costs)
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
         values = []
         for seed in runs.keys() & others.keys():
-            pair = [self.curve(runs[seed]), self.curve(others[seed])]
-            ends = [min(budget / cost, self.scale.steps) for cost in costs]
-            if all(curve and curve[-1][0] >= end for curve, end in zip(pair, ends, strict=True)):
-                ours, theirs = (interpolate(curve, end) for curve, end in zip(pair, ends, strict=True))
-                values.append(ours - theirs)
+            pair = runs[seed], others[seed]
+            if None in map(self.final, pair):
+                continue
+            ends = (min(budget / cost, self.scale.steps) for cost in costs)
+            ours, theirs = (interpolate(self.curve(run), end) for run, end in zip(pair, ends, strict=True))
+            values.append(ours - theirs)
         return values
 
     def compare(self, contrast: Contrast) -> Comparison:
         """All that the runs say about a contrast. The mean losses are of the seeds that both arms have."""
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
         pairs = [(self.final(runs[seed]), self.final(others[seed])) for seed in runs.keys() & others.keys()]
+        diverged = sum(loss is None and against is not None for loss, against in pairs)
         pairs = [pair for pair in pairs if None not in pair]
         means = map(statistics.fmean, zip(*pairs, strict=True)) if pairs else (None, None)
-        return Comparison(contrast, {name: estimate(self.differences(contrast, name)) for name in MEASURES}, *means)
+        differences = {name: estimate(self.differences(contrast, name)) for name in MEASURES}
+        return Comparison(contrast, differences, *means, diverged)
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

@@ -21,8 +21,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.paper.analysis import Curve, Evidence
-from benchmarks.paper.experiments import EXPERIMENTS, OFFICIAL, Arm, Experiment, coe, dense, moe
+from benchmarks.paper.analysis import MEASURES, Curve, Evidence, standard_error
+from benchmarks.paper.experiments import OFFICIAL, Arm, Experiment, coe, dense, moe
 
 
 # The paper's curves: file and column of each arm.
@@ -59,39 +59,35 @@ def read_paper_curves(folder: Path) -> dict[Arm, Curve]:
 def draw_curves(
     axes: Any, curves: Mapping[str, list[Curve]], colors: Mapping[str, str], title: str, unit: str
 ) -> None:
-    """Mean and range over seeds of curves that share their positions, from a quarter on, where differences show."""
-    low, high = float("inf"), 0.0
+    """Mean and standard error over seeds of curves that share their positions, from a quarter on, where differences
+    show."""
+    bottom, top = float("inf"), 0.0
     for label, seeds in curves.items():
         positions = [position for position, _ in seeds[0]]
         columns = list(zip(*([loss for _, loss in curve] for curve in seeds), strict=True))
         mean = [statistics.fmean(column) for column in columns]
         axes.plot(positions, mean, color=colors[label], label=label)
         if len(seeds) > 1:
-            axes.fill_between(
-                positions,
-                *map(list, zip(*((min(c), max(c)) for c in columns), strict=True)),
-                color=colors[label],
-                alpha=0.2,
-            )
+            errors = [standard_error(column) for column in columns]
+            low, high = ([each + sign * error for each, error in zip(mean, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(positions, low, high, color=colors[label], alpha=0.2)
         late = [loss for position, loss in zip(positions, mean, strict=True) if position >= positions[-1] / 4]
-        low, high = min(low, *late), max(high, *late)
-    axes.set(
-        xlabel=unit, ylabel="held-out loss", title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    )
+        bottom, top = min(bottom, *late), max(top, *late)
+    margin = 0.05 * (top - bottom)
+    axes.set(xlabel=unit, ylabel="held-out loss", title=title, ylim=(bottom - margin, top + margin))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
 
 
 def plot_experiment(evidence: Evidence, experiment: Experiment, paper: Mapping[Arm, Curve], path: Path) -> bool:
-    """The paper's curves where it has some, ours over steps and over seconds. Returns whether there was anything."""
+    """The paper's curves where it has some, ours over steps and over seconds, of the seeds that all arms have. Returns
+    whether there was anything."""
     steps: dict[str, list[Curve]] = {}
     seconds: dict[str, list[Curve]] = {}
+    seeds = evidence.common_seeds(experiment)
     for arm in experiment.arms:
-        curves = [
-            curve
-            for curve in map(evidence.curve, evidence.runs(arm).values())
-            if curve and curve[-1][0] == evidence.scale.steps
-        ]
+        runs = [run for seed, run in evidence.runs(arm).items() if seed in seeds]
+        curves = [evidence.curve(run) for run in runs if evidence.final(run) is not None]
         if not curves:
             continue
         steps[arm.label] = curves
@@ -99,7 +95,7 @@ def plot_experiment(evidence: Evidence, experiment: Experiment, paper: Mapping[A
             seconds[arm.label] = [[(step * ratio, loss) for step, loss in curve] for curve in curves]
     if not steps:
         return False
-    theirs = {arm.label: [paper[arm]] for arm in experiment.arms if arm in paper}
+    theirs = {arm.label: [paper[arm.model]] for arm in experiment.arms if arm.model in paper}
     colors = {arm.label: f"C{index % 10}" for index, arm in enumerate(experiment.arms)}
     panels = [
         (curves, title, unit)
@@ -119,11 +115,11 @@ def plot_experiment(evidence: Evidence, experiment: Experiment, paper: Mapping[A
 
 
 def plot_differences(evidence: Evidence, path: Path) -> bool:
-    """All paired differences with their intervals, at equal steps and at equal seconds."""
+    """All paired differences with their intervals, at equal steps and at equal seconds, in percent of the loss."""
     rows = [
-        (f"{name}: {contrast.label}", comparison.differences)
-        for name in evidence.scale.experiments
-        for contrast in EXPERIMENTS[name].contrasts
+        (f"{experiment.name}: {contrast.label}", {measure: comparison.relative(measure) for measure in MEASURES})
+        for experiment in evidence.scale.experiments
+        for contrast in experiment.contrasts
         if (comparison := evidence.compare(contrast)).differences["steps"] is not None
         and comparison.differences["steps"].count > 1
     ][::-1]
@@ -134,9 +130,9 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
     for shift, (measure, color) in zip((0.15, -0.15), (("steps", "C0"), ("seconds", "C3")), strict=True):
         found = [(y + shift, row[measure]) for y, (_, row) in enumerate(rows) if row[measure] is not None]
         axes.errorbar(
-            [difference.mean for _, difference in found],
+            [100 * difference.mean for _, difference in found],
             [y for y, _ in found],
-            xerr=[difference.half for _, difference in found],
+            xerr=[100 * difference.half for _, difference in found],
             fmt="o",
             markersize=3,
             capsize=2,
@@ -146,7 +142,8 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
     axes.set(
-        xlabel="difference of held-out losses, 95 % interval (left of 0: the first is better)", ylim=(-1, len(rows))
+        xlabel="difference of held-out losses, %, with its 95 % interval (left of 0: the first is better)",
+        ylim=(-1, len(rows)),
     )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7)

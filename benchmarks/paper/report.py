@@ -23,15 +23,15 @@ import argparse
 import os
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import analysis, results
-from benchmarks.paper.analysis import MEASURES, Comparison, Curve, Estimate, Evidence, standard_error
+from benchmarks.paper.analysis import MEASURES, REFERENCE, Comparison, Curve, Estimate, Evidence, standard_error
 from benchmarks.paper.experiments import (
     BASELINES,
-    EXPERIMENTS,
-    FIGURE_3A,
     OFFICIAL,
     PRENORM,
     Arm,
@@ -46,16 +46,17 @@ from configuration_coe import CoeConfig
 
 HERE = Path(__file__).parent
 GIB = 2**30
+EARLY = 0.4  # of all steps: where one more look at the differences is taken
 ADAMW_BYTES = 16  # of one parameter: weight, gradient and two moments in fp32
 
 # Published figures: non-embedding parameters in 2**20, GPU memory in GB, and seconds for 1,000 steps.
 PAPER_PARAMETERS = {moe(OFFICIAL): 544.51, coe(OFFICIAL, 2, 8): 544.75, coe(OFFICIAL, 2, 4, experts=47): 412.63}
 PAPER_PARAMETERS |= {moe(OFFICIAL, depth=2): 1089.01, moe(OFFICIAL, depth=3): 1633.52}
-PAPER_MEMORY = {coe(OFFICIAL, 2, 8): 11.70, coe(OFFICIAL, 2, 4, experts=47): 9.64}
+PAPER_MEMORY = {moe(OFFICIAL): 11.70, coe(OFFICIAL, 2, 8): 11.70, coe(OFFICIAL, 2, 4, experts=47): 9.64}
 PAPER_MEMORY |= {moe(OFFICIAL, depth=2): 20.21, moe(OFFICIAL, depth=3): 28.71}
 MEMORY_CLAIMS = (  # what is claimed, of which arm, against which
-    ("-17.6 %: 48 instead of 64 experts", coe(OFFICIAL, 2, 4, experts=47), coe(OFFICIAL, 2, 8)),
-    ("-42 %: CoE-2(8/64) instead of MoE(8/64) of 2x layers", coe(OFFICIAL, 2, 8), moe(OFFICIAL, depth=2)),
+    ("CoE-2(4/48) takes less memory than MoE(8/64)", coe(OFFICIAL, 2, 4, experts=47), moe(OFFICIAL)),
+    ("CoE-2(8/64) takes less memory than MoE(8/64) of 2x layers", coe(OFFICIAL, 2, 8), moe(OFFICIAL, depth=2)),
 )
 PAPER_SECONDS = {moe(OFFICIAL): 989, moe(OFFICIAL, 16): 1451, moe(OFFICIAL, 24): 1852, coe(OFFICIAL, 2, 8): 1755}
 
@@ -81,12 +82,22 @@ def mean_and_error(values: list[float]) -> str:
     return number(statistics.fmean(values)) + (f" ± {error:.4f}" if error is not None else "")
 
 
-def with_interval(difference: Estimate | None) -> str:
+def with_interval(difference: Estimate | None, digits: int = 4) -> str:
     if difference is None:
         return "-"
     if difference.count == 1:
-        return f"{difference.mean:+.4f} (one seed)"
-    return f"{difference.mean:+.4f} ± {difference.half:.4f}"
+        return f"{difference.mean:+.{digits}f} (one seed)"
+    return f"{difference.mean:+.{digits}f} ± {difference.half:.{digits}f}"
+
+
+def percent(share: Estimate | None) -> str:
+    return "-" if share is None else f"{with_interval(share / 0.01, digits=1)} %"
+
+
+def pairs_of(experiment: Experiment, difference: Estimate | None) -> str:
+    """How many seeds a difference is of, and of how many it is to be."""
+    count = difference.count if difference else 0
+    return str(count) if count >= experiment.seeds else f"{count} of {experiment.seeds}"
 
 
 # ---- Sections -------------------------------------------------------------------------------------------------------
@@ -95,7 +106,9 @@ def with_interval(difference: Estimate | None) -> str:
 def setting(evidence: Evidence) -> list[str]:
     """What was run, and on what."""
     scale, shape = evidence.scale, evidence.scale.shape
+    planned = {run.id for stage in plan(scale, evidence.results)[0].values() for run in stage}
     trained = [result for result in evidence.results.values() if result["settings"]["kind"] == "train"]
+    used = sum(result["id"] in planned for result in trained)
     machines = dict.fromkeys(machine_of(result["machine"]) for result in trained)
     dates = sorted(result["machine"]["date"] for result in trained)
     unigrams = {
@@ -111,7 +124,8 @@ def setting(evidence: Evidence) -> list[str]:
         f"0.01, gradients clipped at 1; learning rate constant after {shape['warmup_steps']} steps of warm-up; "
         f"balancing loss 0.001. Held-out data: {'; '.join(unigrams.values())}.",
         "",
-        f"{len(trained)} training runs on {'; '.join(machines)}, {dates[0]} to {dates[-1]}.",
+        f"{used} training runs on {'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+        + (f"; {len(trained) - used} more in the file are of no experiment." if used < len(trained) else "."),
         "",
         *revisions(evidence),
         *missing_runs(evidence),
@@ -127,12 +141,12 @@ def machine_of(machine: Mapping[str, Any]) -> str:
 
 
 def revisions(evidence: Evidence) -> list[str]:
-    """Whether all runs are of the same code, by its fingerprints."""
+    """Which code the runs are of, by its fingerprints."""
     codes: dict[str, int] = {}
     for result in evidence.results.values():
         codes[result["code"]] = codes.get(result["code"], 0) + 1
     if len(codes) == 1:
-        return []
+        return [f"All runs are of one version of the code (fingerprint {next(iter(codes))}).", ""]
     counts = ", ".join(f"{code} {count}" for code, count in codes.items())
     return [f"**Runs of {len(codes)} versions of the code** (fingerprints: {counts}).", ""]
 
@@ -151,7 +165,7 @@ def missing_runs(evidence: Evidence) -> list[str]:
 
 def pairing(evidence: Evidence) -> list[str]:
     """Whether the runs of a pair read the same."""
-    contrasts = [contrast for name in evidence.scale.experiments for contrast in EXPERIMENTS[name].contrasts]
+    contrasts = [contrast for experiment in evidence.scale.experiments for contrast in experiment.contrasts]
     if unequal := evidence.unequal_orders(contrasts):
         return [f"**Not the same tokens in the same order**: {'; '.join(unequal)}.", ""]
     return ["The runs of every pair read the same tokens in the same order, by the fingerprints of their batches.", ""]
@@ -159,65 +173,93 @@ def pairing(evidence: Evidence) -> list[str]:
 
 def summary(evidence: Evidence) -> list[str]:
     """The headline in a paragraph, from the figures alone."""
-    compared = [evidence.compare(contrast) for contrast in FIGURE_3A.contrasts]
-    if any(comparison.differences["steps"] is None for comparison in compared):
-        return ["The headline comparison is not finished.", ""]
-    official, prenorm, standard, rule, _ = compared
+    lines = []
+    for experiment in evidence.scale.experiments:
+        if experiment.name not in ("figure_3a", "second_data"):
+            continue
+        compared = [evidence.compare(contrast) for contrast in experiment.contrasts]
+        if any(comparison.differences["steps"] is None for comparison in compared):
+            continue
+        official, prenorm, standard, rule, _ = compared
 
-    def told(comparison: Comparison) -> str:
-        return f"{with_interval(comparison.differences['steps'])} ({comparison.verdict()})"
+        def told(comparison: Comparison) -> str:
+            return f"{percent(comparison.relative())} ({comparison.verdict()})"
 
-    return [
-        f"At equal routed FLOPs and steps ({official.differences['steps'].count} seeds), CoE-2(4/64) differs from "
-        f"MoE(8/64) by {told(official)} under the official residual rule and by {told(prenorm)} as a pre-norm chain; "
-        f"under the official rule it differs from the standard pre-norm MoE by {told(standard)}. The official rule "
-        f"alone, with one iteration, differs from the pre-norm layer by {with_interval(rule.differences['steps'])}. "
-        "Negative is better; nats per token. In brackets, whether the paper's claim holds here.",
-        "",
-    ]
+        lines += [
+            f"On {data_of(evidence, experiment)}, at equal routed FLOPs and steps "
+            f"({pairs_of(experiment, official.differences['steps'])} seeds), the loss of CoE-2(4/64) differs from "
+            f"that of MoE(8/64) by {told(official)} under the official residual rule and by {told(prenorm)} as a "
+            f"pre-norm chain; under the official rule it differs from the standard pre-norm MoE by {told(standard)}. "
+            "The official rule alone, with one iteration, differs from the pre-norm layer by "
+            f"{percent(rule.relative())}. Negative is better. In brackets, whether the chain is better, as the paper "
+            "found (-6.2 %).",
+            "",
+        ]
+    return lines or ["The headline comparison is not finished.", ""]
+
+
+def data_of(evidence: Evidence, experiment: Experiment) -> str:
+    """Names of the data that an experiment's models learn from."""
+    return " and ".join(dict.fromkeys(evidence.scale.data[arm.data].name for arm in experiment.arms))
+
+
+SOURCES = {
+    "paper": "The paper's, of the models it has measured.",
+    "ours": "The same, asked of pre-norm models and of the standard pre-norm MoE, which the paper has not measured.",
+    "sceptics": "The sceptics'. Where the chain is not better than MoE(8/64), a scalar that does what the chain "
+    "does has nothing to explain.",
+}
 
 
 def claims(evidence: Evidence) -> list[str]:
-    """The paper's claims, and the sceptics', one a row."""
+    """The claims, one a row, by whose they are."""
     compared = [
-        (name, evidence.compare(contrast))
-        for name in evidence.scale.experiments
-        for contrast in EXPERIMENTS[name].contrasts
+        (experiment, evidence.compare(contrast))
+        for experiment in evidence.scale.experiments
+        for contrast in experiment.contrasts
         if contrast.claim is not None
     ]
-    header = ("claim", "experiment", "rule", "theirs", "ours", "difference", "verdict", *MEASURES[1:])
-    return table(header, [claim_row(name, comparison) for name, comparison in compared])
+    verdicts = [comparison.verdict() for _, comparison in compared]
+    tally = ", ".join(f"{verdicts.count(each)} {each}" for each in analysis.VERDICTS if each in verdicts)
+    lines = [
+        "Differences are the first model's loss less the second's, in percent of the second's, with the 95 % "
+        "interval; smaller ones could not be seen here. The verdict is on equal steps; at equal FLOPs and seconds it "
+        f"is in the cell. Of {len(compared)} claims: {tally}.",
+        "",
+    ]
+    header = ("claim", "experiment", "data", "rule", "theirs", "ours", "difference", "verdict", *MEASURES[1:], "seeds")
+    for source, about in SOURCES.items():
+        rows = [claim_row(evidence, *each) for each in compared if each[1].contrast.source == source]
+        lines += [about, "", *table(header, rows)] if rows else []
+    return lines
 
 
-def claim_row(name: str, comparison: Comparison) -> list[str]:
-    contrast = comparison.contrast
+def claim_row(evidence: Evidence, experiment: Experiment, comparison: Comparison) -> list[str]:
+    contrast, theirs = comparison.contrast, comparison.paper
 
-    def pair(losses: tuple[float | None, float | None] | None) -> str:
-        if losses is None or None in losses:
-            return "-"
-        return f"{losses[0]:.4f} vs {losses[1]:.4f} ({losses[0] / losses[1] - 1:+.1%})"
+    def versus(loss: float, against: float) -> str:
+        return f"{loss:.4f} vs {against:.4f}"
 
     return [
-        contrast.claim + ("" if contrast.by == "paper" else f" ({contrast.by})"),
-        name,
-        contrast.arm.residual,
-        pair(comparison.paper),
-        pair((comparison.loss, comparison.against)),
-        with_interval(comparison.differences["steps"]),
+        contrast.claim,
+        experiment.name,
+        evidence.scale.data[contrast.arm.data].name,
+        contrast.rule,
+        f"{versus(*theirs)} ({theirs[0] / theirs[1] - 1:+.1%})" if theirs else "-",
+        "-" if comparison.loss is None else versus(comparison.loss, comparison.against),
+        percent(comparison.relative()) + (f", {comparison.diverged} diverged" if comparison.diverged else ""),
         f"**{comparison.verdict()}**",
-        *(
-            f"{with_interval(comparison.differences[measure])}, {comparison.verdict(measure)}"
-            for measure in MEASURES[1:]
-        ),
+        *(f"{percent(comparison.relative(measure))}, {comparison.verdict(measure)}" for measure in MEASURES[1:]),
+        pairs_of(experiment, comparison.differences["steps"]),
     ]
 
 
 def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
     scale, rates = evidence.scale, evidence.scale.learning_rates
-    arms = [arm.model for name in scale.experiments for arm in EXPERIMENTS[name].arms if arm.own_lr]
+    own = [arm for experiment in scale.experiments for arm in experiment.arms if arm.own_lr]
     rows = []
-    for arm in dict.fromkeys((*BASELINES, *arms)):
+    for arm in (*BASELINES, *own):
         grid = tuning_runs(scale, [arm])
         losses = [mean_loss(evidence.results, (run for run in grid if run.lr == rate)) for rate in rates]
         best = min((loss for loss in losses if loss is not None), default=None)
@@ -225,12 +267,14 @@ def learning_rates(evidence: Evidence) -> list[str]:
         for column, loss in enumerate(losses):
             if loss is not None and loss == best:
                 cells[column] = f"**{cells[column]}**"
-        rows.append([arm.label, *cells])
+        rows.append([arm.label, scale.data[arm.data].name, str(len(grid) // len(rates)), *cells])
+    on_edge = [row[0] for row in rows if row[3].startswith("**") or row[-1].startswith("**")]
     lines = [
-        f"Means over {len(scale.tuning_seeds)} seed(s) that no other run has. The rate with the lowest mean over the "
+        "Mean held-out losses of the grid, over seeds that no other run has. The rate with the lowest mean over the "
         "two baselines (the first two rows) is that of all runs but those with their own.",
         "",
-        *table(("held-out loss", *(f"{rate:g}" for rate in rates)), rows),
+        *table(("model", "data", "seeds", *(f"{rate:g}" for rate in rates)), rows),
+        *([f"**At the edge of the grid**: {'; '.join(on_edge)}.", ""] if on_edge else []),
     ]
     if (chosen := evidence.rate) is None:
         return [*lines, "Not chosen yet.", ""]
@@ -243,27 +287,32 @@ def experiment_section(evidence: Evidence, experiment: Experiment, image: str | 
     lines = [f"### {experiment.name}: {experiment.title}", ""]
     if experiment.note:
         lines += [experiment.note, ""]
-    rows = [loss_row(evidence, arm) for arm in experiment.arms if evidence.runs(arm)]
+    seeds = evidence.common_seeds(experiment)
+    rows = [loss_row(evidence, arm, seeds) for arm in experiment.arms if evidence.runs(arm)]
     if not rows:
         return [*lines, "Not run yet.", ""]
+    lines += [f"Data: {data_of(evidence, experiment)}. Losses are means over the seeds that all models here have.", ""]
     lines += table(("model", "seeds", "lr", "held-out loss", "other held-out data", "paper"), rows)
-    compared = map(evidence.compare, experiment.contrasts)
-    rows = [
-        [
-            comparison.contrast.label,
-            *(with_interval(comparison.differences[measure]) for measure in MEASURES),
-            str(max(difference.count if difference else 0 for difference in comparison.differences.values())),
-        ]
-        for comparison in compared
-    ]
-    lines += table(("difference", *(f"at equal {measure}" for measure in MEASURES), "pairs"), rows)
+    at_equal = (f"at equal {measure}" for measure in MEASURES)
+    rows = []
+    for contrast in experiment.contrasts:
+        comparison = evidence.compare(contrast)
+        early = analysis.estimate(evidence.differences(contrast, "steps", share=EARLY))
+        cells = map(with_interval, (early, *(comparison.differences[measure] for measure in MEASURES)))
+        rows.append([contrast.label, *cells, pairs_of(experiment, comparison.differences["steps"])])
+    lines += table(("difference", f"after {EARLY:.0%} of the steps", *at_equal, "pairs"), rows)
     return [*lines, *([f"![{experiment.title}]({image})", ""] if image else [])]
 
 
-def loss_row(evidence: Evidence, arm: Arm) -> list[str]:
-    runs = evidence.runs(arm)
-    first, losses = next(iter(runs.values())), evidence.losses(arm)
-    others = {name: evidence.losses(arm, name) for name in first["held_out"] if name != first["split"]}
+def loss_row(evidence: Evidence, arm: Arm, seeds: list[int]) -> list[str]:
+    runs = {seed: run for seed, run in evidence.runs(arm).items() if seed in seeds}
+    first = next(iter(evidence.runs(arm).values()))
+
+    def losses_of(split: str) -> list[float]:
+        return [loss for run in runs.values() if (loss := evidence.final(run, split)) is not None]
+
+    losses = losses_of(first["split"])
+    others = {name: losses_of(name) for name in first["held_out"] if name != first["split"]}
     return [
         arm.label,
         str(len(runs)) + (f", {len(runs) - len(losses)} diverged" if len(losses) < len(runs) else ""),
@@ -281,19 +330,20 @@ def paper_figure(arm: Arm) -> float | None:
 
 def models(evidence: Evidence) -> list[str]:
     """What every model costs, and how its routers behave, each model once."""
-    arms = dict.fromkeys(arm.model for name in evidence.scale.experiments for arm in EXPERIMENTS[name].arms)
+    arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms if not arm.own_lr]
     runs = {arm: found for arm in arms if (found := list(evidence.runs(arm).values()))}
     costs = (
-        *("model", "parameters", "active", "expert MFLOP/token", "step", "paper's", "CPU s", "s", "tokens/s"),
-        *("peak MiB", "of these, parameters"),
+        *("model", "data", "parameters", "active", "expert MFLOP/token", "all", "step", "paper's", "CPU s", "s"),
+        *("tokens/s", "peak MiB", "of these, parameters"),
     )
     return [
         "### Cost",
         "",
         "`step`: time of a training step relative to MoE(8/64) inner, median and quartiles of pairs of steps of both "
         "models, run in turn in one process. It is what *equal seconds* goes by: two neighbouring steps share what "
-        "slows the machine down. CPU seconds of whole runs, made hours apart and two at a time, do not; they and the "
-        "wall-clock seconds of a step are in the columns after it (medians). `peak MiB`: memory of the training "
+        "slows the machine down; MoE(8/64) inner against itself shows how exact that is. CPU seconds of whole runs, "
+        "made hours apart and two at a time, do not; they, the wall-clock seconds of a step and the tokens per second "
+        "are in the columns after it (medians), and compare no models. `peak MiB`: memory of the training "
         "process above what it held before the model was built; `parameters` are weights, gradients and moments. In "
         "narrow models a call costs more than its products, and a chain makes more calls: `benchmarks/README.md` has "
         "the ratio at larger widths.",
@@ -305,11 +355,14 @@ def models(evidence: Evidence) -> list[str]:
         "Of the trained models on held-out tokens, means over layers and seeds, by iteration. `entropy`: of the load, "
         "1 if uniform. `MaxVio`: load of the busiest expert over the mean, minus 1. `dead`: share of experts never "
         "chosen. `re-use`: share of an iteration's choices that the one before had made; in brackets that of "
-        "independent choices.",
+        "independent choices among experts equally likely.",
         "",
         *table(
-            ("model", "entropy", "MaxVio", "dead", "re-use"),
-            [[arm.label, *routing_row(arm, found)] for arm, found in runs.items()],
+            ("model", "data", "entropy", "MaxVio", "dead", "re-use"),
+            [
+                [arm.model.label, evidence.scale.data[arm.data].name, *routing_row(arm, found)]
+                for arm, found in runs.items()
+            ],
         ),
     ]
 
@@ -322,20 +375,25 @@ def peak_memory(runs: list[dict[str, Any]]) -> float:
 def memory(evidence: Evidence) -> list[str]:
     """The paper's claims about memory at this scale's size; none where a model of theirs has no run."""
     rows = []
-    for claim, *arms in MEMORY_CLAIMS:
-        ours, theirs = (list(evidence.runs(arm).values()) for arm in arms)
-        if ours and theirs:
-            parameters = ours[0]["parameters"] / theirs[0]["parameters"] - 1
-            rows.append((claim, f"{parameters:+.1%}", f"{peak_memory(ours) / peak_memory(theirs) - 1:+.1%}"))
+    for (claim, *arms), data in product(MEMORY_CLAIMS, evidence.scale.data):
+        ours, theirs = (evidence.runs(replace(arm, data=data)) for arm in arms)
+        if seeds := ours.keys() & theirs.keys():
+            ratios = [peak_memory([ours[seed]]) / peak_memory([theirs[seed]]) - 1 for seed in seeds]
+            published = tuple(PAPER_MEMORY[arm] for arm in arms)
+            measured = analysis.estimate(ratios)
+            parameters = ours[min(seeds)]["parameters"] / theirs[min(seeds)]["parameters"] - 1
+            found = analysis.verdict(measured, 1.0, matches=False, paper=published)
+            shares = f"{published[0] / published[1] - 1:+.1%}", f"{parameters:+.1%}", percent(measured)
+            rows.append((claim, evidence.scale.data[data].name, *shares, f"**{found}**", str(len(seeds))))
     if not rows:
         return []
     return [
         "### Memory",
         "",
         "The paper's claims at this size: what parameters, gradients and moments take, and the measured peak, which "
-        "holds activations too.",
+        "holds activations too; these do not shrink with the number of experts.",
         "",
-        *table(("claim", "parameters", "measured peak"), rows),
+        *table(("claim", "data", "theirs", "parameters", "measured peak", "verdict", "seeds"), rows),
     ]
 
 
@@ -343,12 +401,14 @@ def cost_row(evidence: Evidence, arm: Arm, runs: list[dict[str, Any]]) -> list[s
     first, timing = runs[0], evidence.timing(arm)
     ratio = timing and timing["ratio"]
     return [
-        arm.label,
+        arm.model.label,
+        evidence.scale.data[arm.data].name,
         f"{first['parameters']:,}",
         f"{first['active_parameters']:,}",
         number(first["expert_flops_per_token"] / 1e6, 3),
+        number(analysis.flops_per_token(first) / 1e6, 3),
         f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})" if ratio else "-",
-        number(PAPER_SECONDS[arm] / PAPER_SECONDS[BASELINES[0]] if arm in PAPER_SECONDS else None, 2),
+        number(PAPER_SECONDS[arm.model] / PAPER_SECONDS[REFERENCE] if arm.model in PAPER_SECONDS else None, 2),
         number(statistics.median(run["cpu_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["wall_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["tokens_per_second"] for run in runs), 0),
@@ -412,7 +472,11 @@ def arithmetic() -> list[str]:
                 number(PAPER_MEMORY.get(arm), 2),
             )
         )
-    saved = {claim: memory_bytes(arm) / memory_bytes(against) - 1 for claim, arm, against in MEMORY_CLAIMS}
+    savings = []
+    for claim, arm, against in MEMORY_CLAIMS:
+        theirs, ours = PAPER_MEMORY[arm] / PAPER_MEMORY[against] - 1, memory_bytes(arm) / memory_bytes(against) - 1
+        found = analysis.HOLDS if abs(theirs - ours) < 0.005 else analysis.DOES_NOT
+        savings.append((claim, f"{theirs:+.1%}", f"{ours:+.1%}", f"**{found}**"))
     chained, single = (
         CoeConfig(n_routed_experts=64, num_experts_per_tok=top_k, inner_iter=iterations).expert_combinations
         for top_k, iterations in ((4, 2), (8, 1))
@@ -429,13 +493,14 @@ def arithmetic() -> list[str]:
             rows,
         ),
         *table(
-            ("claim", "computed", "verdict"),
+            ("claim", "theirs", "computed", "verdict"),
             (
-                *((claim, f"{share:+.1%}", "holds, as arithmetic") for claim, share in saved.items()),
+                *savings,
                 (
-                    "823x the combinations of experts",
+                    "CoE-2(4/64) has more combinations of experts than MoE(8/64), comb(64, 4)^2 / comb(64, 8)",
+                    "823x",
                     f"{chained / single:.1f}x",
-                    "does not: comb(64, 4)^2 / comb(64, 8) is 91.2",
+                    f"**{analysis.DOES_NOT}**",
                 ),
             ),
         ),
@@ -454,15 +519,16 @@ METHOD = """\
 - **Arms.** `CoE-2(4/64) inner`: two iterations of 4 out of 64 experts (the shared one counted), residual rule `inner`,
   which is the official one. `MoE` is one iteration. `prenorm` is the standard pre-norm residual stream, and
   `MoE(8/64) prenorm` DeepSeek-V2's own layer; the paper compares with `MoE(8/64) inner` only.
-- **Equal steps**: the last evaluation of both. **Equal expert FLOPs**: both curves where the cheaper of the two has
-  spent its whole training, by `CoeConfig.expert_flops_per_token`, routed and shared experts counted: a chain computes
-  its shared expert in every iteration, so CoE-2(4/64) costs 10/9 of MoE(8/64) although the routed experts cost the
-  same. **Equal seconds**: the same with the time of a training step. Losses between evaluations are interpolated
-  linearly; the learning rate is constant after warm-up, so a curve's middle is what a shorter run would reach.
-  Attention and routers are no part of the FLOPs; they are part of the seconds.
+- **Equal steps**: the last evaluation of both. **Equal FLOPs**: both curves where the cheaper of the two has spent its
+  whole training, by the products with weights of all kinds (`flops_per_token` in `analysis.py`). Routed experts of
+  CoE-2(4/64) and MoE(8/64) cost the same, but a chain computes its shared expert in every iteration, so its experts
+  cost 10/9. **Equal seconds**: the same with the time of a training step, in CPU seconds of one thread where there is
+  no GPU. Losses between evaluations are interpolated linearly; the learning rate is constant after warm-up, so a
+  curve's middle is what a shorter run would reach.
 - **±** in a difference is half of the 95 % interval by Student's t over seeds, in a mean the standard error. Dozens of
   intervals are looked at: one in twenty misses by chance.
-- Nothing is tuned for the chain only.
+- Nothing is tuned for the chain only: the learning rate is the best of the two baselines, and `own_learning_rates`
+  gives every model the same grid.
 """
 
 
@@ -473,10 +539,10 @@ def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[A
     if plot_differences(evidence, folder / "differences.png"):
         lines += [f"![differences]({os.path.relpath(folder / 'differences.png', root)})", ""]
     lines += ["### Learning rates", "", *learning_rates(evidence)]
-    for name in evidence.scale.experiments:
-        image = folder / f"{name}.png"
-        drawn = plot_experiment(evidence, EXPERIMENTS[name], paper, image)
-        lines += experiment_section(evidence, EXPERIMENTS[name], os.path.relpath(image, root) if drawn else None)
+    for experiment in evidence.scale.experiments:
+        image = folder / f"{experiment.name}.png"
+        drawn = plot_experiment(evidence, experiment, paper, image)
+        lines += experiment_section(evidence, experiment, os.path.relpath(image, root) if drawn else None)
     return lines + models(evidence)
 
 
