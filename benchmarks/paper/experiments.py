@@ -289,6 +289,9 @@ OWN_RATES = Experiment(
     headline(own_lr=True),
 )
 SECOND_DATA = Experiment("second_data", "Figure 3a on other data", headline(data="second"), seeds=5)
+SECOND_RULES = replace(
+    RULE_TABLE, name="residual_rules_second_data", title="Residual rule x iterations on other data"
+).on("second")
 OURS = Experiment(
     "ours",
     "Is re-routing needed? And the norm?",
@@ -384,8 +387,8 @@ TABLE_2 = Experiment(
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        *(FIGURE_3A, RULE_TABLE, FIGURE_7, ITERATIONS, OWN_RATES, SECOND_DATA),
-        *(OURS, FIGURE_5, FIGURE_4, FIGURE_6, FIGURE_3B, TABLE_2),
+        *(FIGURE_3A, RULE_TABLE, SECOND_DATA, SECOND_RULES, FIGURE_7, ITERATIONS),
+        *(FIGURE_6, FIGURE_5, FIGURE_3B, FIGURE_4, TABLE_2, OURS, OWN_RATES),
     )
 }
 BASELINES = (moe(OFFICIAL), moe(PRENORM))

@@ -127,6 +127,7 @@ def setting(evidence: Evidence) -> list[str]:
         f"{used} training runs on {'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         + (f"; {len(trained) - used} more in the file are of no experiment." if used < len(trained) else "."),
         "",
+        *([scale.note, ""] if scale.note else []),
         *revisions(evidence),
         *missing_runs(evidence),
         *pairing(evidence),
@@ -551,8 +552,8 @@ def write(output: Path, folder: Path, curves: Path) -> None:
     lines = [
         "# The paper's experiments, re-run",
         "",
-        "Written by `python -m benchmarks.paper.report` from the JSON lines in `results/`, by rules that were fixed "
-        "before the runs (`analysis.py`).",
+        "Written by `python -m benchmarks.paper.report` from the JSON lines in `results/`. The rule of the verdicts "
+        "was fixed before the runs; the line on divergence was added later.",
         "",
         *METHOD.splitlines(),
         "",
