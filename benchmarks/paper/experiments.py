@@ -337,8 +337,10 @@ FIGURE_5 = Experiment(
             Contrast(coe(rule, 2, 8), moe(rule, 24), "CoE-2(8/64) matches 3x the experts, MoE(24/64)", matches=True),
             Contrast(coe(rule, 2, 8), moe(rule, 16), "CoE-2(8/64) is better than MoE(16/64), of equal FLOPs"),
             Contrast(coe(rule, 2, 8), moe(rule), "CoE-2(8/64) is better than MoE(8/64)"),
+            Contrast(moe(rule, 24), moe(rule), "control: MoE(24/64) is better than MoE(8/64)"),
         ]
     ),
+    "The last contrast of each rule is a control: whether more experts for a token help at all at this scale.",
 )
 FIGURE_4 = Experiment(
     "figure_4",
@@ -347,8 +349,10 @@ FIGURE_4 = Experiment(
         lambda rule: [
             Contrast(coe(rule, 2, 8), moe(rule, depth=2), "CoE-2(8/64) matches MoE(8/64) of 2x layers", matches=True),
             Contrast(coe(rule, 2, 8), moe(rule, depth=3)),
+            Contrast(moe(rule, depth=2), moe(rule), "control: MoE(8/64) of 2x layers is better than MoE(8/64)"),
         ]
     ),
+    "The last contrast of each rule is a control: whether more layers help at all at this scale.",
 )
 FIGURE_6 = Experiment(
     "figure_6",
