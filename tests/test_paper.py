@@ -622,13 +622,12 @@ class TestRunner:
         run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run"])
         output = capsys.readouterr().out
         assert (
-            re.search(r"(\d{3}) of \1 runs to go", output)
-            and "MoE(24/64) prenorm, arithmetic, lr 0.004, seed 3" in output
+            re.search(r"(\d{3}) of \1 runs to go", output) and "MoE(24/64) prenorm, gsm8k, lr 0.004, seed 3" in output
         )
         known = finished({moe(OFFICIAL): [1.0, 1.0]}, scale=CPU)
         for entry in known.values():
             results.append(results.path_of("cpu", tmp_path), entry)
-        run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run", "--only", "figure_5", "--seeds", "1"])
+        run.main(["--scale=cpu", f"--results={tmp_path}", "--dry-run", "--only", "figure_3a", "--seeds", "1"])
         output = capsys.readouterr().out
         assert "finished  MoE(8/64) inner, arithmetic, lr 0.001, seed 1" in output
-        assert FIGURE_5.title in output
+        assert FIGURE_3A.title in output
