@@ -20,7 +20,6 @@ from benchmarks.paper.experiments import (
     BASELINES,
     EXPERIMENTS,
     FIGURE_3A,
-    FIGURE_5,
     FIGURE_6,
     ITERATIONS,
     OFFICIAL,
