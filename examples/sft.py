@@ -106,8 +106,9 @@ def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
     return short_hash(repr(row).encode() for dataset in (train, *held_out.values()) for row in dataset)
 
 
-def check_lengths(args: argparse.Namespace, given: dict[str, Dataset], kept: dict[str, Dataset]) -> None:
-    """Says how many conversations `SFTTrainer` left out, since nothing of their answers is within `--max-length`.
+def check_lengths(args: argparse.Namespace, held_out: dict[str, Dataset], kept: dict[str, Dataset]) -> None:
+    """Says how many held-out conversations `SFTTrainer` left out, since nothing of their answers is within
+    `--max-length`; those of training are packed.
 
     Raises:
         InputError: All of a split's.
@@ -117,8 +118,8 @@ def check_lengths(args: argparse.Namespace, given: dict[str, Dataset], kept: dic
             raise InputError(
                 f"--max-length is {args.max_length}, before which no answer of the split {split!r} begins. Raise it."
             )
-        if split != "train" and len(conversations) < len(given[split]):  # those of training are packed
-            print(f"{len(given[split]) - len(conversations)} of {len(given[split])} in {split!r} exceed --max-length.")
+        if split in held_out and len(conversations) < (given := len(held_out[split])):
+            print(f"{given - len(conversations)} of {given} in {split!r} exceed --max-length.")
 
 
 def train(
@@ -150,7 +151,7 @@ def train(
         callbacks=[stopwatch],
     )
     trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
-    check_lengths(args, {"train": conversations, **held_out}, {"train": trainer.train_dataset, **trainer.eval_dataset})
+    check_lengths(args, held_out, {"train": trainer.train_dataset, **trainer.eval_dataset})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
     tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # up to the last evaluation

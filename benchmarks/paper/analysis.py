@@ -173,6 +173,7 @@ class Evidence:
 
     def __init__(self, scale: Scale, results: Mapping[str, dict[str, Any]]):
         self.scale, self.results = scale, results
+        self._runs: dict[Arm, dict[int, dict[str, Any]]] = {}
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -181,12 +182,13 @@ class Evidence:
         return sorted({each["seed"] for each in settings if "seed" in each}.difference(self.scale.tuning_seeds))
 
     def runs(self, arm: Arm) -> dict[int, dict[str, Any]]:
-        """Finished runs of an arm by seed."""
-        rate = learning_rate(self.scale, self.results, arm)
-        if rate is None:
-            return {}
-        ids = {seed: Run(self.scale, arm, rate, seed).id for seed in self.seeds}
-        return {seed: self.results[id] for seed, id in ids.items() if id in self.results}
+        """Finished runs of an arm by seed, looked up once."""
+        if arm not in self._runs:
+            rate = learning_rate(self.scale, self.results, arm)
+            seeds = [] if rate is None else self.seeds
+            ids = {seed: Run(self.scale, arm, rate, seed).id for seed in seeds}
+            self._runs[arm] = {seed: self.results[id] for seed, id in ids.items() if id in self.results}
+        return self._runs[arm]
 
     def any_run(self, arm: Arm) -> dict[str, Any] | None:
         return next(iter(self.runs(arm).values()), None)

@@ -33,14 +33,14 @@ from benchmarks.paper.analysis import MEASURES, REFERENCE, Comparison, Curve, Es
 from benchmarks.paper.experiments import (
     BASELINES,
     OFFICIAL,
-    PRENORM,
     Arm,
     Experiment,
     coe,
     moe,
+    paper_loss,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
-from benchmarks.paper.runs import SCALES, mean_loss, plan, tuning_runs
+from benchmarks.paper.runs import SCALES, Run, mean_loss, plan, tuning_runs
 from configuration_coe import CoeConfig
 
 
@@ -106,7 +106,8 @@ def pairs_of(experiment: Experiment, difference: Estimate | None) -> str:
 def setting(evidence: Evidence) -> list[str]:
     """What was run, and on what."""
     scale, shape = evidence.scale, evidence.scale.shape
-    planned = {run.id for stage in plan(scale, evidence.results)[0].values() for run in stage}
+    stages, complete = plan(scale, evidence.results)
+    planned = {run.id for stage in stages.values() for run in stage}
     trained = [result for result in evidence.results.values() if result["settings"]["kind"] == "train"]
     used = sum(result["id"] in planned for result in trained)
     machines = dict.fromkeys(machine_of(result["machine"]) for result in trained)
@@ -129,7 +130,7 @@ def setting(evidence: Evidence) -> list[str]:
         "",
         *([scale.note, ""] if scale.note else []),
         *revisions(evidence),
-        *missing_runs(evidence),
+        *missing_runs(evidence, stages, complete),
         *pairing(evidence),
     ]
 
@@ -152,9 +153,8 @@ def revisions(evidence: Evidence) -> list[str]:
     return [f"**Runs of {len(codes)} versions of the code** (fingerprints: {counts}).", ""]
 
 
-def missing_runs(evidence: Evidence) -> list[str]:
+def missing_runs(evidence: Evidence, stages: Mapping[str, list[Run]], complete: bool) -> list[str]:
     """How many runs of which experiment are not there."""
-    stages, complete = plan(evidence.scale, evidence.results)
     missing = {name: sum(run.id not in evidence.results for run in stage) for name, stage in stages.items()}
     if complete and not any(missing.values()):
         return []
@@ -259,17 +259,17 @@ def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
     scale, rates = evidence.scale, evidence.scale.learning_rates
     own = [arm for experiment in scale.experiments for arm in experiment.arms if arm.own_lr]
-    rows = []
+    rows, on_edge = [], []
     for arm in (*BASELINES, *own):
         grid = tuning_runs(scale, [arm])
         losses = [mean_loss(evidence.results, (run for run in grid if run.lr == rate)) for rate in rates]
         best = min((loss for loss in losses if loss is not None), default=None)
         cells = ["diverged" if loss == float("inf") else number(loss) for loss in losses]
-        for column, loss in enumerate(losses):
-            if loss is not None and loss == best:
-                cells[column] = f"**{cells[column]}**"
+        if best is not None:
+            column = losses.index(best)
+            cells[column] = f"**{cells[column]}**"
+            on_edge += [arm.label] if column in (0, len(rates) - 1) else []
         rows.append([arm.label, scale.data[arm.data].name, str(len(grid) // len(rates)), *cells])
-    on_edge = [row[0] for row in rows if row[3].startswith("**") or row[-1].startswith("**")]
     lines = [
         "Mean held-out losses of the grid, over seeds that no other run has. The rate with the lowest mean over the "
         "two baselines (the first two rows) is that of all runs but those with their own.",
@@ -320,13 +320,8 @@ def loss_row(evidence: Evidence, arm: Arm, seeds: list[int]) -> list[str]:
         f"{first['settings']['lr']:g}",
         mean_and_error(losses),
         "; ".join(f"{name} {mean_and_error(values)}" for name, values in others.items()) or "-",
-        number(paper_figure(arm)),
+        number(paper_loss(arm)),
     ]
-
-
-def paper_figure(arm: Arm) -> float | None:
-    """The paper's loss of exactly this arm."""
-    return None if arm.residual == PRENORM else analysis.paper_loss(arm)
 
 
 def models(evidence: Evidence) -> list[str]:
@@ -368,9 +363,9 @@ def models(evidence: Evidence) -> list[str]:
     ]
 
 
-def peak_memory(runs: list[dict[str, Any]]) -> float:
-    """Mean peak of training runs, in bytes above what the process held before; of the device where there is one."""
-    return statistics.fmean(run["peak_device_memory"] or run["peak_memory_above_start"] for run in runs)
+def peak_memory(run: Mapping[str, Any]) -> int:
+    """Peak of a training run, in bytes above what the process held before; of the device where there is one."""
+    return run["peak_device_memory"] or run["peak_memory_above_start"]
 
 
 def memory(evidence: Evidence) -> list[str]:
@@ -379,7 +374,7 @@ def memory(evidence: Evidence) -> list[str]:
     for (claim, *arms), data in product(MEMORY_CLAIMS, evidence.scale.data):
         ours, theirs = (evidence.runs(replace(arm, data=data)) for arm in arms)
         if seeds := ours.keys() & theirs.keys():
-            ratios = [peak_memory([ours[seed]]) / peak_memory([theirs[seed]]) - 1 for seed in seeds]
+            ratios = [peak_memory(ours[seed]) / peak_memory(theirs[seed]) - 1 for seed in seeds]
             published = tuple(PAPER_MEMORY[arm] for arm in arms)
             measured = analysis.estimate(ratios)
             parameters = ours[min(seeds)]["parameters"] / theirs[min(seeds)]["parameters"] - 1
@@ -413,7 +408,7 @@ def cost_row(evidence: Evidence, arm: Arm, runs: list[dict[str, Any]]) -> list[s
         number(statistics.median(run["cpu_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["wall_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["tokens_per_second"] for run in runs), 0),
-        number(peak_memory(runs) / 2**20, 0),
+        number(statistics.fmean(map(peak_memory, runs)) / 2**20, 0),
         number(first["parameters"] * ADAMW_BYTES / 2**20, 0),
     ]
 
