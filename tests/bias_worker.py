@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import modeling_coe  # noqa: F401
 from modeling_coe.callbacks import BiasBalancingCallback
 
+from .helpers import leave_process_group
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -40,8 +42,7 @@ def main() -> None:
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
     torch.save(biases, args.output / f"biases-{rank}.pt")
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":

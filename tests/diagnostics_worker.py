@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from modeling_coe.diagnostics import RoutingStatistics, record_routing
 
-from .helpers import random_ids, tiny_model
+from .helpers import leave_process_group, random_ids, tiny_model
 
 
 # Layers with two and with one iteration, and a dense one.
@@ -49,15 +49,18 @@ def trainer(folder, model, cls=None, callbacks=(), **options):
     return cls(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4], callbacks=list(callbacks))
 
 
-def main(folder: Path) -> None:
-    loaded = sorted({"matplotlib", "datasets", "transformers.trainer_callback"} & set(sys.modules))
+def training_log(folder: Path) -> list[dict]:
     from modeling_coe.callbacks import RoutingCallback
 
     run = trainer(folder, tiny_model(), logging_steps=1, max_steps=2)
     RoutingCallback.add_to(run)
-    run.train()  # has initialised the process group
-    log = [entry for entry in run.state.log_history if "loss" in entry]
+    run.train()
+    return [entry for entry in run.state.log_history if "loss" in entry]
 
+
+def main(folder: Path) -> None:
+    loaded = sorted({"matplotlib", "datasets", "transformers.trainer_callback"} & set(sys.modules))
+    log = training_log(folder)  # has initialised the process group
     model, rank = tiny_model(**MIXED), dist.get_rank()
     rows = random_ids(4, 9)
     statistics = RoutingStatistics(model.config)
@@ -67,8 +70,7 @@ def main(folder: Path) -> None:
     statistics.all_reduce()
     report = {"statistics": statistics.summary(), "log": log, "loaded": loaded}
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

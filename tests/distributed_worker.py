@@ -12,6 +12,8 @@ from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401
 
+from .helpers import leave_process_group
+
 
 LAYOUTS = {
     "tensor parallel": {"tp_size": 2},
@@ -86,8 +88,7 @@ def main() -> None:
     assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
     if dist.get_rank() == 0:
         print(json.dumps({"layout": args.layout, "backends": args.backends}))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Tiny models that the tests share."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 
@@ -84,3 +87,12 @@ def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess
         text=True,
         timeout=300,
     )
+
+
+def leave_process_group() -> None:
+    """Ends a worker of `torchrun`, which must have let go of its `Trainer`: a `DistributedDataParallel` that outlives
+    the process group joins the group's thread with the GIL held, and hangs where that thread frees a tensor."""
+    gc.collect()
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    dist.barrier()
+    dist.destroy_process_group()
