@@ -392,6 +392,20 @@ class TestStatistics:
         assert other_way.diverged == 1 and other_way.verdict() == DOES_NOT
         assert Evidence(SMOKE, {}).compare(Contrast(chain, single)).verdict() == MISSING
 
+    def test_an_own_learning_rate_that_is_everybody_s_makes_no_other_runs(self):
+        common, other = coe(OFFICIAL, 2, 4, own_lr=True), coe(PRENORM, 2, 4, own_lr=True)
+        known = finished({coe(OFFICIAL, 2, 4): [1.0, 1.1]})
+        for arm, best in ((common, 1e-3), (other, 4e-3)):
+            grid = (line(made, [[0, 6.0], [4, 1.0 + (made.lr != best)]]) for made in tuning_runs(SMOKE, [arm]))
+            known |= {entry["id"]: entry for entry in grid}
+        evidence = Evidence(SMOKE, known)
+        assert evidence.as_run(common) == coe(OFFICIAL, 2, 4) and evidence.as_run(other) == other
+        assert evidence.runs(common) == evidence.runs(coe(OFFICIAL, 2, 4)) != {}
+        claim = "a claim"
+        contrasts = [Contrast(arm, other, claim) for arm in (common, coe(OFFICIAL, 2, 4), other)]
+        assert len({report.claim_as_run(evidence, each) for each in contrasts}) == 2
+        assert Evidence(SMOKE, {}).as_run(common) == common
+
 
 class TestReport:
     CHAIN, SINGLE = coe(OFFICIAL, 2, 4), moe(OFFICIAL)
@@ -412,7 +426,7 @@ class TestReport:
         text = self.written(tmp_path, known)
         assert self.verdict_of(text) == "**holds**" and self.verdict_of(text, PRENORM) == "**not run**"
         assert "-0.0995 ± 0.0064" in text and "1.1211 vs 1.1958 (-6.2%)" in text
-        assert "| 1.1005 vs 1.2000 | -8.3 ± 0.5 % |" in text and "Of 3 claims: 1 holds, 1 does not, 1 not run." in text
+        assert "| 1.1005 vs 1.2000 | -8.3 ± 0.5 % |" in text and "Of 3 claims: holds 1, does not 1, not run 1." in text
         assert "**Missing: 3 of 16 runs** (figure_3a 2, timing 1)." in text
         assert "The headline comparison is not finished." in text
         assert (

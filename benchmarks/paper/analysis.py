@@ -28,7 +28,7 @@ The rule of the verdicts, fixed before the runs:
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
@@ -189,6 +189,11 @@ class Evidence:
             ids = {seed: Run(self.scale, arm, rate, seed).id for seed in seeds}
             self._runs[arm] = {seed: self.results[id] for seed, id in ids.items() if id in self.results}
         return self._runs[arm]
+
+    def as_run(self, arm: Arm) -> Arm:
+        """The arm whose runs these are: another one, where its own learning rate turns out to be that of all."""
+        is_common = arm.own_lr and self.rate is not None and learning_rate(self.scale, self.results, arm) == self.rate
+        return replace(arm, own_lr=False) if is_common else arm
 
     def any_run(self, arm: Arm) -> dict[str, Any] | None:
         return next(iter(self.runs(arm).values()), None)

@@ -271,6 +271,7 @@ FIGURE_7 = Experiment(
     ),
     "The authors' published script sets `outer_residual=true` and leaves the inner residual on in both ablations, so "
     "`both` and `both, one router` may be what the paper's figures of `outer` and of `one router` were measured with.",
+    seeds=5,
 )
 ITERATIONS = Experiment(
     "iterations",
@@ -328,6 +329,7 @@ OURS = Experiment(
     "`scalar MoE`: MoE(8/64) whose output is multiplied by a learned number, 1 at first. `routed once`: both "
     "iterations run the experts that the first one chose, the second's output times a learned number. `norm each "
     "time`: every iteration reads the stream through a norm of its own.",
+    seeds=5,
 )
 FIGURE_5 = Experiment(
     "figure_5",
@@ -341,6 +343,7 @@ FIGURE_5 = Experiment(
         ]
     ),
     "The last contrast of each rule is a control: whether more experts for a token help at all at this scale.",
+    seeds=5,
 )
 FIGURE_4 = Experiment(
     "figure_4",
@@ -353,6 +356,7 @@ FIGURE_4 = Experiment(
         ]
     ),
     "The last contrast of each rule is a control: whether more layers help at all at this scale.",
+    seeds=5,
 )
 FIGURE_6 = Experiment(
     "figure_6",
@@ -363,6 +367,7 @@ FIGURE_6 = Experiment(
             Contrast(coe(rule, 2, 4, experts=47), coe(rule, 2, 4)),
         ]
     ),
+    seeds=5,
 )
 FIGURE_3B = Experiment(
     "figure_3b",
@@ -374,6 +379,7 @@ FIGURE_3B = Experiment(
     ),
     "Eight routed experts, all chosen, and the shared one. What the paper's dense models have is not documented; its "
     "script would make seven routed experts, of which eight cannot be chosen.",
+    seeds=5,
 )
 TABLE_2 = Experiment(
     "table_2",

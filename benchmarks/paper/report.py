@@ -22,6 +22,7 @@ What has not been run is said to be missing; nothing is filled in.
 import argparse
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -34,6 +35,7 @@ from benchmarks.paper.experiments import (
     BASELINES,
     OFFICIAL,
     Arm,
+    Contrast,
     Experiment,
     coe,
     moe,
@@ -220,12 +222,15 @@ def claims(evidence: Evidence) -> list[str]:
         for contrast in experiment.contrasts
         if contrast.claim is not None
     ]
-    verdicts = [comparison.verdict() for _, comparison in compared]
-    tally = ", ".join(f"{verdicts.count(each)} {each}" for each in analysis.VERDICTS if each in verdicts)
+    verdicts = {claim_as_run(evidence, comparison.contrast): comparison.verdict() for _, comparison in compared}
+    counts = Counter(verdicts.values())
+    tally = ", ".join(f"{each} {counts[each]}" for each in analysis.VERDICTS if each in counts)
+    repeated = len(compared) - len(verdicts)
     lines = [
         "Differences are the first model's loss less the second's, in percent of the second's, with the 95 % "
         "interval; smaller ones could not be seen here. The verdict is on equal steps; at equal FLOPs and seconds it "
-        f"is in the cell. Of {len(compared)} claims: {tally}.",
+        f"is in the cell. Of {len(verdicts)} claims: {tally}."
+        + (f" {repeated} of the rows are of the same runs as others and are not counted." if repeated else ""),
         "",
     ]
     header = ("claim", "experiment", "data", "rule", "theirs", "ours", "difference", "verdict", *MEASURES[1:], "seeds")
@@ -233,6 +238,11 @@ def claims(evidence: Evidence) -> list[str]:
         rows = [claim_row(evidence, *each) for each in compared if each[1].contrast.source == source]
         lines += [about, "", *table(header, rows)] if rows else []
     return lines
+
+
+def claim_as_run(evidence: Evidence, contrast: Contrast) -> tuple[str | None, Arm, Arm]:
+    """A claim and the runs that it rests on."""
+    return contrast.claim, evidence.as_run(contrast.arm), evidence.as_run(contrast.against)
 
 
 def claim_row(evidence: Evidence, experiment: Experiment, comparison: Comparison) -> list[str]:
@@ -293,6 +303,8 @@ def experiment_section(evidence: Evidence, experiment: Experiment, image: str | 
     if not rows:
         return [*lines, "Not run yet.", ""]
     lines += [f"Data: {data_of(evidence, experiment)}. Losses are means over the seeds that all models here have.", ""]
+    if same := [arm.label for arm in experiment.arms if evidence.as_run(arm) != arm]:
+        lines += [f"Their own rate is that of all models, so these are the same runs: {'; '.join(same)}.", ""]
     lines += table(("model", "seeds", "lr", "held-out loss", "other held-out data", "paper"), rows)
     at_equal = (f"at equal {measure}" for measure in MEASURES)
     rows = []
