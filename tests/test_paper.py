@@ -343,19 +343,22 @@ class TestStatistics:
             )
         }
         contrast = Contrast(chain, single)
-        assert Evidence(SMOKE, known).differences(contrast, "seconds") == []  # the chain was not timed
+        assert Evidence(SMOKE, known).pairs(contrast, "seconds") == []  # the chain was not timed
         timing = Run(SMOKE, chain.model, 0.0, TIMING_SEED, kind="timing")
         known[timing.id] = line(timing, [], ratio={"median": 1.6})
         # The other is the unit, whatever its own timing says.
         timing = Run(SMOKE, single.model, 0.0, TIMING_SEED, kind="timing")
         known[timing.id] = line(timing, [], ratio={"median": 0.9})
         evidence = Evidence(SMOKE, known)
-        assert evidence.differences(contrast, "steps") == [2.0 - 4.0]
-        assert evidence.differences(contrast, "steps", share=0.5) == [6.0 - 7.0]
-        assert evidence.differences(contrast, "seconds") == [pytest.approx(5.0 - 4.0)]  # at step 2.5
+        assert evidence.pairs(contrast, "steps") == [(2.0, 4.0)]
+        assert evidence.pairs(contrast, "steps", share=0.5) == [(6.0, 7.0)]
+        assert evidence.pairs(contrast, "seconds") == [(pytest.approx(5.0), 4.0)]  # at step 2.5
         ratio = evidence.cost(chain, "FLOPs") / evidence.cost(single, "FLOPs")
         assert 1 < ratio < 2  # of attention and head there is one
-        assert evidence.differences(contrast, "FLOPs") == [pytest.approx(10 - 2 * 4 / ratio - 4.0)]
+        assert evidence.pairs(contrast, "FLOPs") == [(pytest.approx(10 - 2 * 4 / ratio), 4.0)]
+        # A share of the loss at that point, also where the second is cut short.
+        other_way = evidence.compare(Contrast(single, chain))
+        assert other_way.relative("seconds").mean == pytest.approx((4.0 - 5.0) / 5.0)
 
     @pytest.mark.parametrize(
         "arm",
@@ -385,7 +388,7 @@ class TestStatistics:
         made = Run(SMOKE, single, 1e-3, 2)
         known[made.id] = line(made, [[0, 6.0], [2, 5.0], [4, None]])
         comparison = Evidence(SMOKE, known).compare(Contrast(chain, single))
-        assert (comparison.loss, comparison.against, comparison.diverged) == (1.0, 1.5, 0)
+        assert comparison.losses["steps"] == (1.0, 1.5) and comparison.diverged == 0
         assert comparison.relative().mean == pytest.approx(-1 / 3)
         assert {each.count for each in comparison.differences.values() if each} == {1}
         other_way = Evidence(SMOKE, known).compare(Contrast(single, chain))

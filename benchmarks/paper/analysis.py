@@ -96,6 +96,11 @@ def interpolate(curve: Curve, step: float) -> float:
     raise ValueError(f"The curve goes from step {curve[0][0]} to {curve[-1][0]}, so it has no loss at {step}.")
 
 
+def curve_of(result: Mapping[str, Any]) -> Curve:
+    """Held-out losses of the main split over the steps, as far as they are finite."""
+    return list(takewhile(lambda point: point[1] is not None, result["held_out"][result["split"]]))
+
+
 def flops_per_token(result: Mapping[str, Any]) -> float:
     """Forward floating-point operations (2 per multiply-add) that a token costs in products with weights: experts,
     attention, routers and output head. Attention's products of activations are left out."""
@@ -131,13 +136,12 @@ def verdict(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the runs say about a contrast: differences by measure, the mean losses after all steps, and the seeds for
-    which the first diverged and the second did not."""
+    """What the runs say about a contrast: differences and mean losses of both by measure, and the seeds for which the
+    first diverged and the second did not."""
 
     contrast: Contrast
     differences: dict[str, Estimate | None]
-    loss: float | None
-    against: float | None
+    losses: dict[str, tuple[float, float] | None]
     diverged: int
 
     @property
@@ -147,15 +151,16 @@ class Comparison:
 
     def relative(self, measure: str = "steps") -> Estimate | None:
         """The difference as a share of the second's loss."""
-        difference = self.differences[measure]
-        return None if difference is None or self.against is None else difference / self.against
+        difference, losses = self.differences[measure], self.losses[measure]
+        return None if difference is None or losses is None else difference / losses[1]
 
     def verdict(self, measure: str = "steps") -> str:
         if self.diverged:
             return DOES_NOT
         contrast = self.contrast
         expected = paper_losses(under_official_rule(contrast.arm), under_official_rule(contrast.against))
-        return verdict(self.differences[measure], self.against, contrast.matches, expected)
+        losses = self.losses[measure]
+        return verdict(self.differences[measure], losses and losses[1], contrast.matches, expected)
 
 
 def paper_losses(arm: Arm, against: Arm) -> tuple[float, float] | None:
@@ -203,10 +208,6 @@ class Evidence:
         found = [runs.keys() for arm in experiment.arms if (runs := self.runs(arm))]
         return sorted(set.intersection(*map(set, found))) if found else []
 
-    def curve(self, result: dict[str, Any]) -> Curve:
-        """Held-out losses of the main split over the steps, as far as they are finite."""
-        return list(takewhile(lambda point: point[1] is not None, result["held_out"][result["split"]]))
-
     def final(self, result: dict[str, Any], split: str | None = None) -> float | None:
         """The loss after the last step, of the main split or another; `None` where training diverged."""
         step, loss = result["held_out"][split or result["split"]][-1]
@@ -228,33 +229,38 @@ class Evidence:
         timing = self.timing(arm)
         return timing and timing["ratio"]["median"]
 
-    def differences(self, contrast: Contrast, measure: str, share: float = 1.0) -> list[float]:
-        """Loss of the arm minus that of the other, seed by seed, when both have spent what the cheaper one spends in
-        all its steps, or in a share of them. Seeds for which one diverged are left out."""
+    def pairs(self, contrast: Contrast, measure: str, share: float = 1.0) -> list[tuple[float, float]]:
+        """Losses of the arm and of the other, seed by seed, when both have spent what the cheaper one spends in all
+        its steps, or in a share of them. Seeds for which one diverged are left out."""
         costs = self.cost(contrast.arm, measure), self.cost(contrast.against, measure)
         if None in costs:
             return []
         budget = share * self.scale.steps * min(costs)
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
-        values = []
-        for seed in runs.keys() & others.keys():
-            pair = runs[seed], others[seed]
-            if None in map(self.final, pair):
-                continue
-            ends = (min(budget / cost, self.scale.steps) for cost in costs)
-            ours, theirs = (interpolate(self.curve(run), end) for run, end in zip(pair, ends, strict=True))
-            values.append(ours - theirs)
-        return values
+        ends = [min(budget / cost, self.scale.steps) for cost in costs]
+        return [
+            (interpolate(curve_of(runs[seed]), ends[0]), interpolate(curve_of(others[seed]), ends[1]))
+            for seed in sorted(runs.keys() & others.keys())
+            if None not in (self.final(runs[seed]), self.final(others[seed]))
+        ]
+
+    def difference(self, contrast: Contrast, measure: str, share: float = 1.0) -> Estimate | None:
+        """The paired difference at equal `measure`."""
+        return estimate([ours - theirs for ours, theirs in self.pairs(contrast, measure, share)])
 
     def compare(self, contrast: Contrast) -> Comparison:
         """All that the runs say about a contrast. The mean losses are of the seeds that both arms have."""
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
-        pairs = [(self.final(runs[seed]), self.final(others[seed])) for seed in runs.keys() & others.keys()]
-        diverged = sum(loss is None and against is not None for loss, against in pairs)
-        pairs = [pair for pair in pairs if None not in pair]
-        means = map(statistics.fmean, zip(*pairs, strict=True)) if pairs else (None, None)
-        differences = {name: estimate(self.differences(contrast, name)) for name in MEASURES}
-        return Comparison(contrast, differences, *means, diverged)
+        losses = {}
+        for measure in MEASURES:
+            pairs = self.pairs(contrast, measure)
+            losses[measure] = tuple(map(statistics.fmean, zip(*pairs, strict=True))) if pairs else None
+        diverged = sum(
+            self.final(runs[seed]) is None and self.final(others[seed]) is not None
+            for seed in runs.keys() & others.keys()
+        )
+        differences = {measure: self.difference(contrast, measure) for measure in MEASURES}
+        return Comparison(contrast, differences, losses, diverged)
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

@@ -74,7 +74,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Name in tables and legends."""
-        name = "MoE" if self.iterations == 1 and self.variant is None else f"CoE-{self.iterations}"
+        name = "MoE" if self.iterations == 1 else f"CoE-{self.iterations}"
         if self.variant == "scalar":
             name = "scalar MoE"
         label = f"{name}({self.top_k}/{self.experts + self.shared_experts}) {self.residual}"
@@ -288,6 +288,7 @@ OWN_RATES = Experiment(
     "own_learning_rates",
     "Figure 3a, each model at the best learning rate of its own grid",
     headline(own_lr=True),
+    seeds=5,
 )
 SECOND_DATA = Experiment("second_data", "Figure 3a on other data", headline(data="second"), seeds=5)
 SECOND_RULES = replace(

@@ -42,7 +42,7 @@ from benchmarks.paper.experiments import (
     paper_loss,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
-from benchmarks.paper.runs import SCALES, Run, mean_loss, plan, tuning_runs
+from benchmarks.paper.runs import COMMON_OPTIONS, SCALES, Run, mean_loss, plan, tuning_runs
 from configuration_coe import CoeConfig
 
 
@@ -114,18 +114,24 @@ def setting(evidence: Evidence) -> list[str]:
     used = sum(result["id"] in planned for result in trained)
     machines = dict.fromkeys(machine_of(result["machine"]) for result in trained)
     dates = sorted(result["machine"]["date"] for result in trained)
-    unigrams = {
-        result["settings"]["data"]: f"{result['settings']['data']}, split {result['split']} "
-        f"(unigram loss {result['unigram'][result['split']]:.2f})"
-        for result in trained
-    }
+    unigrams: dict[tuple[str, str], list[float]] = {}
+    for result in trained:
+        split = result["split"]
+        unigrams.setdefault((result["settings"]["data"], split), []).append(result["unigram"][split])
+    held_out = (
+        f"{data}, split {split} (unigram loss {statistics.fmean(losses):.2f})"
+        for (data, split), losses in unigrams.items()
+    )
     return [
         f"{scale.about[0].upper()}{scale.about[1:]}. Hidden size {shape['hidden_size']}, {scale.layers} layers, "
-        f"{shape['num_heads']} heads, experts {shape['expert_width']} wide, vocabulary {shape['vocab_size']:,}. "
+        f"{shape['num_heads']} heads, experts {shape['expert_width']} wide, vocabulary of at most "
+        f"{shape['vocab_size']:,}. "
         f"{shape['steps']:,} steps of {shape['batch_size']} x {shape['block_size']} tokens, "
-        f"{scale.steps * scale.tokens_per_step / 1e6:.2f} million in all; AdamW with betas 0.9 and 0.95, weight decay "
-        f"0.01, gradients clipped at 1; learning rate constant after {shape['warmup_steps']} steps of warm-up; "
-        f"balancing loss 0.001. Held-out data: {'; '.join(unigrams.values())}.",
+        f"{scale.steps * scale.tokens_per_step / 1e6:.2f} million in all; AdamW with betas 0.9 and "
+        f"{COMMON_OPTIONS['beta2']:g}, weight decay {COMMON_OPTIONS['weight_decay']:g}, gradients clipped at 1; "
+        f"learning rate constant after {shape['warmup_steps']} steps of warm-up; balancing loss "
+        f"{COMMON_OPTIONS['aux_loss']:g}. Held-out data: at most {shape['eval_blocks']} blocks of "
+        f"{shape['block_size']} tokens; {'; '.join(held_out)}.",
         "",
         f"{used} training runs on {'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         + (f"; {len(trained) - used} more in the file are of no experiment." if used < len(trained) else "."),
@@ -194,8 +200,8 @@ def summary(evidence: Evidence) -> list[str]:
             f"that of MoE(8/64) by {told(official)} under the official residual rule and by {told(prenorm)} as a "
             f"pre-norm chain; under the official rule it differs from the standard pre-norm MoE by {told(standard)}. "
             "The official rule alone, with one iteration, differs from the pre-norm layer by "
-            f"{percent(rule.relative())}. Negative is better. In brackets, whether the chain is better, as the paper "
-            "found (-6.2 %).",
+            f"{percent(rule.relative())}. Negative is better. In brackets, the verdict on the chain being better; "
+            "the paper found -6.2 % under its own rule.",
             "",
         ]
     return lines or ["The headline comparison is not finished.", ""]
@@ -207,7 +213,8 @@ def data_of(evidence: Evidence, experiment: Experiment) -> str:
 
 
 SOURCES = {
-    "paper": "The paper's, of the models it has measured.",
+    "paper": "The paper's, of the models it has measured. That the chain matches a dearer model says something only "
+    "where the control, that the dearer model is better than MoE(8/64), holds.",
     "ours": "The same, asked of pre-norm models and of the standard pre-norm MoE, which the paper has not measured.",
     "sceptics": "The sceptics'. Where the chain is not better than MoE(8/64), a scalar that does what the chain "
     "does has nothing to explain.",
@@ -228,8 +235,8 @@ def claims(evidence: Evidence) -> list[str]:
     repeated = len(compared) - len(verdicts)
     lines = [
         "Differences are the first model's loss less the second's, in percent of the second's, with the 95 % "
-        "interval; smaller ones could not be seen here. The verdict is on equal steps; at equal FLOPs and seconds it "
-        f"is in the cell. Of {len(verdicts)} claims: {tally}."
+        "interval. The verdict is on equal steps; at equal FLOPs and seconds it is in the cell. "
+        f"Of {len(verdicts)} claims: {tally}."
         + (f" {repeated} of the rows are of the same runs as others and are not counted." if repeated else ""),
         "",
     ]
@@ -257,7 +264,7 @@ def claim_row(evidence: Evidence, experiment: Experiment, comparison: Comparison
         evidence.scale.data[contrast.arm.data].name,
         contrast.rule,
         f"{versus(*theirs)} ({theirs[0] / theirs[1] - 1:+.1%})" if theirs else "-",
-        "-" if comparison.loss is None else versus(comparison.loss, comparison.against),
+        versus(*losses) if (losses := comparison.losses["steps"]) else "-",
         percent(comparison.relative()) + (f", {comparison.diverged} diverged" if comparison.diverged else ""),
         f"**{comparison.verdict()}**",
         *(f"{percent(comparison.relative(measure))}, {comparison.verdict(measure)}" for measure in MEASURES[1:]),
@@ -310,7 +317,7 @@ def experiment_section(evidence: Evidence, experiment: Experiment, image: str | 
     rows = []
     for contrast in experiment.contrasts:
         comparison = evidence.compare(contrast)
-        early = analysis.estimate(evidence.differences(contrast, "steps", share=EARLY))
+        early = evidence.difference(contrast, "steps", share=EARLY)
         cells = map(with_interval, (early, *(comparison.differences[measure] for measure in MEASURES)))
         rows.append([contrast.label, *cells, pairs_of(experiment, comparison.differences["steps"])])
     lines += table(("difference", f"after {EARLY:.0%} of the steps", *at_equal, "pairs"), rows)
@@ -349,7 +356,8 @@ def models(evidence: Evidence) -> list[str]:
         "",
         "`step`: time of a training step relative to MoE(8/64) inner, median and quartiles of pairs of steps of both "
         "models, run in turn in one process. It is what *equal seconds* goes by: two neighbouring steps share what "
-        "slows the machine down; MoE(8/64) inner against itself shows how exact that is. CPU seconds of whole runs, "
+        "slows the machine down; MoE(8/64) inner against itself shows how exact that is. Models are timed with "
+        "the tokenizer of arithmetic and count for both data. CPU seconds of whole runs, "
         "made hours apart and two at a time, do not; they, the wall-clock seconds of a step and the tokens per second "
         "are in the columns after it (medians), and compare no models. `peak MiB`: memory of the training "
         "process above what it held before the model was built; `parameters` are weights, gradients and moments. In "
@@ -469,15 +477,15 @@ def memory_bytes(arm: Arm) -> int:
 def arithmetic() -> list[str]:
     """The claims that parameters decide."""
     rows = []
-    for arm in dict.fromkeys((*PAPER_PARAMETERS, *PAPER_MEMORY)):
+    for arm, published in PAPER_PARAMETERS.items():
         config = paper_config(arm)
         rows.append(
             (
                 arm.label,
                 number((config.total_parameters - config.embedding_parameters) / 2**20, 2),
-                number(PAPER_PARAMETERS.get(arm), 2),
+                number(published, 2),
                 number(memory_bytes(arm) / GIB, 2),
-                number(PAPER_MEMORY.get(arm), 2),
+                number(PAPER_MEMORY[arm], 2),
             )
         )
     savings = []
@@ -505,7 +513,7 @@ def arithmetic() -> list[str]:
             (
                 *savings,
                 (
-                    "CoE-2(4/64) has more combinations of experts than MoE(8/64), comb(64, 4)^2 / comb(64, 8)",
+                    "CoE-2(4/64) has 823 times the combinations of experts of MoE(8/64): comb(64, 4)^2 / comb(64, 8)",
                     "823x",
                     f"{chained / single:.1f}x",
                     f"**{analysis.DOES_NOT}**",
@@ -524,9 +532,9 @@ def arithmetic() -> list[str]:
 METHOD = """\
 ## How to read it
 
-- **Arms.** `CoE-2(4/64) inner`: two iterations of 4 out of 64 experts (the shared one counted), residual rule `inner`,
-  which is the official one. `MoE` is one iteration. `prenorm` is the standard pre-norm residual stream, and
-  `MoE(8/64) prenorm` DeepSeek-V2's own layer; the paper compares with `MoE(8/64) inner` only.
+- **Arms.** `CoE-2(4/64) inner`: two iterations of 4 of 63 routed experts and of the shared one, which makes 64;
+  residual rule `inner`, which is the official one. `MoE` is one iteration. `prenorm` is the standard pre-norm residual
+  stream, and `MoE(8/64) prenorm` DeepSeek-V2's own layer; the paper compares with `MoE(8/64) inner` only.
 - **Equal steps**: the last evaluation of both. **Equal FLOPs**: both curves where the cheaper of the two has spent its
   whole training, by the products with weights of all kinds (`flops_per_token` in `analysis.py`). Routed experts of
   CoE-2(4/64) and MoE(8/64) cost the same, but a chain computes its shared expert in every iteration, so its experts
@@ -534,7 +542,9 @@ METHOD = """\
   no GPU. Losses between evaluations are interpolated linearly; the learning rate is constant after warm-up, so a
   curve's middle is what a shorter run would reach.
 - **±** in a difference is half of the 95 % interval by Student's t over seeds, in a mean the standard error. Dozens of
-  intervals are looked at: one in twenty misses by chance.
+  intervals are looked at: one in twenty misses by chance. It says how much seeds differ and nothing else: the held-out
+  texts of GSM8K are the same for all of them, and the times of a step, by which seconds are equal, are each measured
+  in one process and known to a few percent (`Cost`).
 - Nothing is tuned for the chain only: the learning rate is the best of the two baselines, and `own_learning_rates`
   gives every model the same grid.
 """

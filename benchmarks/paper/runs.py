@@ -33,6 +33,7 @@ from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, Arm, Experiment
 
 
 TIMING_SEED = 0
+COMMON_OPTIONS = {"schedule": "constant_with_warmup", "weight_decay": 0.01, "beta2": 0.95, "aux_loss": 0.001}
 Kind = Literal["train", "timing"]
 
 
@@ -168,8 +169,9 @@ SCALES = {
             note="Changed after the first results, by how much seeds differ: the grid of learning rates was extended "
             "to 0.016 and from one seed to three, `figure_3a` from three seeds to eight, and all experiments but the "
             "first two moved from arithmetic to GSM8K, where a fifth of the paper's effect can be seen with fewer "
-            "seeds. After a report on three seeds, the experiments with claims went on to five. The learning rate "
-            "stayed that of the baselines on arithmetic. Runs from before that are still in the file.",
+            "seeds. After a report on three seeds, the experiments with claims went on to five. The claims about "
+            "`both` and the controls were added later as well. The learning rate stayed that of the baselines on "
+            "arithmetic. Runs from before that are still in the file.",
         ),
         Scale(
             "gpu-hour",
@@ -209,7 +211,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that decides what the run computes, and nothing else."""
+        """What tells it from other runs: all that decides what it computes, but for what all have in common."""
         arm = asdict(self.arm.model)
         del arm["data"], arm["own_lr"], arm["depth"]
         settings = {"kind": self.kind, "layers": self.scale.layers * self.arm.depth, **arm, **self.scale.shape}
@@ -242,10 +244,7 @@ class Run:
             "output_dir": output_dir,
             "seed": self.seed,
             "lr": self.lr,
-            "schedule": "constant_with_warmup",
-            "weight_decay": 0.01,
-            "beta2": 0.95,
-            "aux_loss": 0.001,
+            **COMMON_OPTIONS,
             "num_layers": self.scale.layers * arm.depth,
             "num_experts": arm.experts,
             "shared_experts": arm.shared_experts,

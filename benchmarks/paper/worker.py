@@ -21,6 +21,7 @@ The runner starts it. Data, tokenizer, configuration and optimizer are those of 
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import resource
 import statistics
@@ -38,7 +39,7 @@ from transformers.utils import logging
 from benchmarks.measure import Clock, alternate, describe_machine, spread
 from benchmarks.paper import results
 from benchmarks.paper.experiments import OFFICIAL, moe
-from benchmarks.paper.runs import SCALES, Run
+from benchmarks.paper.runs import COMMON_OPTIONS, SCALES, Run, Scale
 from benchmarks.paper.variants import build_model, expert_flops_per_token
 from modeling_coe import CoeForCausalLM
 from modeling_coe.diagnostics import measure_routing
@@ -219,9 +220,11 @@ def time_steps(run: Run, data_root: str) -> dict[str, Any]:
     return {"seconds_per_step": samples, "ratio": spread(ratios)._asdict()}
 
 
-def code_fingerprint() -> str:
-    """A short hash of the sources that a run depends on, so that runs of different code can be told apart."""
-    digest = hashlib.sha256()
+def code_fingerprint(scale: Scale) -> str:
+    """A short hash of the sources that a run depends on and of the options that all runs of a scale share, so that
+    runs of different code can be told apart."""
+    options = [COMMON_OPTIONS, {name: data.options for name, data in scale.data.items()}]
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -229,7 +232,7 @@ def code_fingerprint() -> str:
 
 def execute(run: Run, data_root: str) -> dict[str, Any]:
     """The run's line."""
-    began, code = time.perf_counter(), code_fingerprint()
+    began, code = time.perf_counter(), code_fingerprint(run.scale)
     outcome = (time_steps if run.kind == "timing" else train)(run, data_root)
     machine = argparse.Namespace(device=DEVICE, threads=torch.get_num_threads(), date=str(datetime.date.today()))
     return {
