@@ -169,9 +169,9 @@ SCALES = {
             note="Changed after the first results, by how much seeds differ: the grid of learning rates was extended "
             "to 0.016 and from one seed to three, `figure_3a` from three seeds to eight, and all experiments but the "
             "first two moved from arithmetic to GSM8K, where a fifth of the paper's effect can be seen with fewer "
-            "seeds. After a report on three seeds, the experiments with claims went on to five. The claims about "
-            "`both` and the controls were added later as well. The learning rate stayed that of the baselines on "
-            "arithmetic. Runs from before that are still in the file.",
+            "seeds. After a report on three seeds, all but the tables of residual rules went on to five. The claims "
+            "about `both` and the controls were added later as well. The learning rate stayed that of the baselines "
+            "on arithmetic. Runs from before that are still in the file.",
         ),
         Scale(
             "gpu-hour",
