@@ -79,6 +79,11 @@ def estimate(values: list[float]) -> Estimate | None:
     return Estimate(statistics.fmean(values), interval(values), len(values)) if values else None
 
 
+def paired_difference(pairs: list[tuple[float, float]]) -> Estimate | None:
+    """The first's loss less the second's; `None` without pairs."""
+    return estimate([loss - against for loss, against in pairs])
+
+
 def standard_error(values: list[float]) -> float | None:
     """Of the mean; `None` for a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
@@ -136,13 +141,25 @@ def verdict(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the runs say about a contrast: differences and mean losses of both by measure, and the seeds for which the
-    first diverged and the second did not."""
+    """What the runs say about a contrast: losses of both by measure, seed by seed, and the number of seeds for which
+    the first diverged and the second did not."""
 
     contrast: Contrast
-    differences: dict[str, Estimate | None]
-    losses: dict[str, tuple[float, float] | None]
+    pairs: dict[str, list[tuple[float, float]]]
     diverged: int
+
+    @cached_property
+    def differences(self) -> dict[str, Estimate | None]:
+        """By measure; `None` without pairs."""
+        return {measure: paired_difference(pairs) for measure, pairs in self.pairs.items()}
+
+    @cached_property
+    def losses(self) -> dict[str, tuple[float, float] | None]:
+        """Means of both by measure; `None` without pairs."""
+        return {
+            measure: tuple(map(statistics.fmean, zip(*pairs, strict=True))) if pairs else None
+            for measure, pairs in self.pairs.items()
+        }
 
     @property
     def paper(self) -> tuple[float, float] | None:
@@ -151,8 +168,8 @@ class Comparison:
 
     def relative(self, measure: str = "steps") -> Estimate | None:
         """The difference as a share of the second's loss."""
-        difference, losses = self.differences[measure], self.losses[measure]
-        return None if difference is None or losses is None else difference / losses[1]
+        losses = self.losses[measure]
+        return None if losses is None else self.differences[measure] / losses[1]
 
     def verdict(self, measure: str = "steps") -> str:
         if self.diverged:
@@ -244,23 +261,14 @@ class Evidence:
             if None not in (self.final(runs[seed]), self.final(others[seed]))
         ]
 
-    def difference(self, contrast: Contrast, measure: str, share: float = 1.0) -> Estimate | None:
-        """The paired difference at equal `measure`."""
-        return estimate([ours - theirs for ours, theirs in self.pairs(contrast, measure, share)])
-
     def compare(self, contrast: Contrast) -> Comparison:
-        """All that the runs say about a contrast. The mean losses are of the seeds that both arms have."""
+        """All that the runs say about a contrast."""
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
-        losses = {}
-        for measure in MEASURES:
-            pairs = self.pairs(contrast, measure)
-            losses[measure] = tuple(map(statistics.fmean, zip(*pairs, strict=True))) if pairs else None
         diverged = sum(
             self.final(runs[seed]) is None and self.final(others[seed]) is not None
             for seed in runs.keys() & others.keys()
         )
-        differences = {measure: self.difference(contrast, measure) for measure in MEASURES}
-        return Comparison(contrast, differences, losses, diverged)
+        return Comparison(contrast, {measure: self.pairs(contrast, measure) for measure in MEASURES}, diverged)
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

@@ -317,7 +317,7 @@ def experiment_section(evidence: Evidence, experiment: Experiment, image: str | 
     rows = []
     for contrast in experiment.contrasts:
         comparison = evidence.compare(contrast)
-        early = evidence.difference(contrast, "steps", share=EARLY)
+        early = analysis.paired_difference(evidence.pairs(contrast, "steps", share=EARLY))
         cells = map(with_interval, (early, *(comparison.differences[measure] for measure in MEASURES)))
         rows.append([contrast.label, *cells, pairs_of(experiment, comparison.differences["steps"])])
     lines += table(("difference", f"after {EARLY:.0%} of the steps", *at_equal, "pairs"), rows)
