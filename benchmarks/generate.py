@@ -27,6 +27,8 @@ import torch
 from measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
 from transformers import DynamicCache, PreTrainedModel
 
+from modeling_coe.releases import CACHE
+
 
 PREFILL = (4, 512)  # batch, length
 DECODE = {"decode_b1": (1, 128), "decode_b8": (8, 128), "decode_b1_ctx1024": (1, 1024)}  # batch, context
@@ -43,7 +45,7 @@ def prefill_task(bench: Benchmark) -> Task:
 
         @torch.no_grad()
         def prefill() -> None:
-            model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, **{CACHE: DynamicCache(config=model.config)}, use_cache=True, logits_to_keep=1)
 
         return lambda: bench.clock(prefill)
 
@@ -65,12 +67,12 @@ def decode_task(bench: Benchmark, name: str) -> Task:
     def start(model: PreTrainedModel) -> Run:
         model.eval().set_experts_implementation("grouped_mm")  # what decodes best may not be able to read a prompt
         prompt_cache = DynamicCache(config=model.config)
-        logits = model(input_ids=ids, past_key_values=prompt_cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **{CACHE: prompt_cache}, use_cache=True, logits_to_keep=1).logits
 
         @torch.no_grad()
         def decode(cache: DynamicCache, token: torch.Tensor) -> None:
             for _ in range(steps):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
                 token = output.logits.argmax(dim=-1)
 
         def run() -> float:

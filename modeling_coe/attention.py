@@ -26,6 +26,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .releases import takes_cache
+
 
 class CoeAttention(DeepseekV2Attention):
     """DeepSeek-V2's latent attention, with two detours that change its cost and not its result.
@@ -38,19 +40,20 @@ class CoeAttention(DeepseekV2Attention):
 
     min_flash_length = 128  # shorter sequences gain nothing from it
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, query_rope = self.queries(hidden_states)
         latent, key_rope = self.latents(hidden_states)
         query_rope, key_rope = apply_rotary_emb(query_rope, key_rope, position_embeddings.to(query_rope.device))
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        if cache is not None:
+            latent, key_rope = cache.update(latent, key_rope, self.layer_idx, kwargs=kwargs)
 
         if self.absorbs(query, latent, attention_mask):
             output, attentions = self.absorbed_attention(query, query_rope, latent, key_rope, attention_mask)

@@ -50,7 +50,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Experts,
     DeepseekV2MLP,
@@ -67,6 +66,7 @@ from .balancing import balancing_losses, label_token_share, packed_sequences, ro
 from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
+from .releases import CACHE, slice_logits_to_keep, takes_cache
 
 
 class CoeRouter(DeepseekV2TopkRouter):
@@ -78,6 +78,8 @@ class CoeRouter(DeepseekV2TopkRouter):
 
     def __init__(self, config: CoeConfig, layer_idx: int = 0):
         super().__init__(config)
+        # In a model that is built in half precision too, as in transformers from 5.24 on.
+        self.weight = nn.Parameter(self.weight.float())
         self.top_k = config.experts_per_iteration(layer_idx)
         # A split layer ranks the experts of all its iterations, and each iteration takes its part of them.
         self.num_ranked = self.top_k * (config.num_iterations(layer_idx) if config.upcycling == "split" else 1)
@@ -88,7 +90,7 @@ class CoeRouter(DeepseekV2TopkRouter):
         if self.norm_topk_prob and self.scoring_func == "softmax":
             self.routed_scaling_factor = 1.0
         if self.topk_method == "noaux_tc":
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts))
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
 
     def forward(
         self, hidden_states: torch.Tensor, used_experts: torch.Tensor | None = None
@@ -241,12 +243,13 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         if self.is_sparse and self.residual_rule in ("refine", "split"):
             self.iteration_scale = nn.Parameter(torch.zeros(self.num_iterations - 1, config.hidden_size))
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -255,9 +258,9 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
@@ -309,6 +312,7 @@ AUTO_MAP = {
 class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     config: CoeConfig
     _no_split_modules = ["CoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = [r"\.mlp\.gate\."]  # routers and their selection biases
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
         "attentions": [backbone.attention for backbone in BACKBONES.values()],
@@ -414,8 +418,6 @@ class CoeModel(CoePreTrainedModel):
         self.norm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = backbone.rotary_embedding(config=config)
         self.gradient_checkpointing = False
-        if config.num_sparse_layers and config.topk_method == "noaux_tc":
-            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.post_init()
         # Training always records the routers; installed on first use, these hooks would break a compiled first call.
         maybe_install_capturing_hooks(self)
@@ -423,12 +425,13 @@ class CoeModel(CoePreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -442,13 +445,13 @@ class CoeModel(CoePreTrainedModel):
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = create_masks_for_generate(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+                self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
             )
         # After the masks, which keep packed sequences (told by the caller's positions) apart only without a cache.
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -457,12 +460,12 @@ class CoeModel(CoePreTrainedModel):
                 hidden_states,
                 attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 @dataclass
@@ -528,12 +531,13 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -566,11 +570,11 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=record_routers,
             output_router_indices=record_routers,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -609,11 +613,11 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_z_loss=router_z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             router_indices=outputs.router_indices if output_router_logits else None,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -9,6 +9,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 
 from modeling_coe import CoeForCausalLM
 from modeling_coe.attention import CoeAttention
+from modeling_coe.releases import CACHE
 
 from .helpers import TINY, random_ids, tiny_config, tiny_model
 
@@ -69,7 +70,7 @@ def run(attention, hidden_states, chunks, cache, mask_kind: str | None) -> tuple
         output, attentions = attention(
             hidden_states[:, start:stop],
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             position_embeddings=positions(attention.config, start, stop),
         )
         outputs.append(output)
@@ -292,8 +293,8 @@ class TestAbsorbs:
 
         @torch.no_grad()
         def decode():
-            cache = model(input_ids[:, :8], use_cache=True).past_key_values
-            return model(input_ids[:, 8:], past_key_values=cache).logits
+            cache = model(input_ids[:, :8], use_cache=True)[CACHE]
+            return model(input_ids[:, 8:], **{CACHE: cache}).logits
 
         adapted = decode()
         with torch.no_grad():
@@ -397,7 +398,7 @@ class TestModel:
                     output = model(
                         input_ids[:, start:stop],
                         attention_mask=mask[:, :stop],
-                        past_key_values=past,
+                        **{CACHE: past},
                         output_attentions=implementation == "eager",
                     )
                 logits.append(output.logits)
@@ -418,7 +419,7 @@ class TestModel:
         for each in (model, native):
             past = make_cache(cache, each.config)
             with torch.no_grad():
-                steps = [each(step, past_key_values=past).logits for step in input_ids.split(1, dim=1)]
+                steps = [each(step, **{CACHE: past}).logits for step in input_ids.split(1, dim=1)]
             logits.append(torch.cat(steps, dim=1))
         torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
         assert absorbed
@@ -432,8 +433,8 @@ class TestModel:
         cache = make_cache(kind, model.config)
         with torch.no_grad():
             expected = model(input_ids).logits
-            model(input_ids[:, :5], past_key_values=cache)
-            steps = [compiled(step, past_key_values=cache).logits for step in input_ids[:, 5:].split(1, dim=1)]
+            model(input_ids[:, :5], **{CACHE: cache})
+            steps = [compiled(step, **{CACHE: cache}).logits for step in input_ids[:, 5:].split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, 5:], atol=1e-5, rtol=1e-4)
 
     @torch.no_grad()

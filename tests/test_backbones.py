@@ -16,6 +16,7 @@ from configuration_coe.configuration_coe import BACKBONES as BACKBONE_CONFIGS
 from modeling_coe import CoeForCausalLM
 from modeling_coe.backbones import BACKBONES
 from modeling_coe.modeling_coe import CoeRouter
+from modeling_coe.releases import CACHE
 
 from .helpers import EXPERTS_BACKENDS, random_ids, tiny_config, tiny_model
 
@@ -207,7 +208,7 @@ def test_compiles_as_one_graph(backbone):
 def test_a_static_cache_holds_only_the_window():
     model = tiny_model(backbone="mixtral", **WINDOWS["mixtral"])
     cache = StaticCache(config=model.config, max_cache_len=32)
-    model(random_ids(1, 9), past_key_values=cache)
+    model(random_ids(1, 9), **{CACHE: cache})
     assert all(layer.keys.shape[2] == 4 for layer in cache.layers)
 
 

@@ -25,6 +25,7 @@ import conversion.core as converter
 from conversion import ConversionError, Options, convert, describe, plan_conversion
 from conversion.cli import main
 from conversion.families import FAMILIES
+from modeling_coe.releases import CACHE
 
 from .conversion_sources import MOE_SOURCES, make_config, make_model, make_source
 from .helpers import ROOT, tiny_model
@@ -151,8 +152,8 @@ def assert_same_function(source: Path, result: Path) -> torch.nn.Module:
         torch.testing.assert_close(model(**inputs).logits[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
         cache = None
         for start, end in ((0, 9), (9, 10), (10, 12)):
-            step = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-            cache, real = step.past_key_values, mask[:, start:end].bool()
+            step = model(ids[:, start:end], attention_mask=mask[:, :end], **{CACHE: cache}, use_cache=True)
+            cache, real = step[CACHE], mask[:, start:end].bool()
             torch.testing.assert_close(step.logits[real], expected[:, start:end][real], rtol=1e-5, atol=1e-5)
     return model
 

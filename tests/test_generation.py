@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from modeling_coe.releases import CACHE
+
 from .helpers import EXPERTS_BACKENDS, random_ids, tiny_model
 
 
@@ -47,14 +49,14 @@ def test_cached_and_uncached_logits_agree(model):
     with torch.no_grad():
         expected = model(input_ids, use_cache=False).logits
         prefill = model(input_ids[:, :5], use_cache=True)
-        logits, cache = [prefill.logits], prefill.past_key_values
+        logits, cache = [prefill.logits], prefill[CACHE]
         for position in range(5, 9):
-            logits.append(model(input_ids[:, position : position + 1], past_key_values=cache).logits)
+            logits.append(model(input_ids[:, position : position + 1], **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_cache_holds_the_compressed_latents(model):
-    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    cache = model(random_ids(2, 7), use_cache=True)[CACHE]
     config = model.config
     assert isinstance(cache, DynamicCache) and len(cache.layers) == config.num_hidden_layers
     for layer in cache.layers:  # one entry a layer, however many iterations
@@ -62,13 +64,11 @@ def test_cache_holds_the_compressed_latents(model):
         assert layer.values.shape == (2, 1, 7, config.qk_rope_head_dim)
 
 
-def test_generation_goes_on_from_past_key_values(model):
+def test_generation_goes_on_from_a_cache(model):
     input_ids = random_ids(1, 6)
     expected = model.generate(input_ids, **greedy())
     first = model.generate(input_ids, **greedy(max_new_tokens=3, return_dict_in_generate=True))
-    second = model.generate(
-        first.sequences, **greedy(max_new_tokens=NEW_TOKENS - 3), past_key_values=first.past_key_values
-    )
+    second = model.generate(first.sequences, **greedy(max_new_tokens=NEW_TOKENS - 3), **{CACHE: first[CACHE]})
     assert torch.equal(second, expected)
 
 
@@ -89,7 +89,7 @@ def test_static_cache(model):
     assert torch.equal(generated, uncached_greedy(model, input_ids))
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        logits = model(input_ids, past_key_values=cache).logits
+        logits = model(input_ids, **{CACHE: cache}).logits
         expected = model(input_ids).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
@@ -200,7 +200,7 @@ class TestCompile:
         generated, step = input_ids, input_ids
         with torch.no_grad():
             for _ in range(NEW_TOKENS):
-                logits = compiled(step, past_key_values=cache).logits
+                logits = compiled(step, **{CACHE: cache}).logits
                 step = logits[:, -1:].argmax(dim=-1)
                 generated = torch.cat([generated, step], dim=-1)
         assert torch.equal(generated, expected)

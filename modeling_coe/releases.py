@@ -1,0 +1,62 @@
+# Copyright 2026 The CoE Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What differs between the releases of transformers that this package works with, 5.19 and newer."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from transformers import modeling_utils
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+
+# 5.24 calls the key-value cache `cache`, in arguments and in outputs; before, it was `past_key_values`.
+CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Decorates a `forward` that is written with an argument `cache`, so that either name can be passed by keyword in
+    every release. Its signature has the name of this release, which is where `generate` and the documentation look.
+
+    Raises:
+        ValueError: When it is called with both names.
+    """
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def forward_with_cache(*args, **kwargs):
+        if (cache := kwargs.pop("past_key_values", None)) is not None:
+            if kwargs.get("cache") is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument. Pass one of them.")
+            kwargs["cache"] = cache
+        return forward(*args, **kwargs)
+
+    parameters = [
+        parameter.replace(name=CACHE) if parameter.name == "cache" else parameter
+        for parameter in signature.parameters.values()
+    ]
+    forward_with_cache.__signature__ = signature.replace(parameters=parameters)
+    return forward_with_cache
+
+
+def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, keep]
+
+
+# 5.21 has a function for the positions whose logits are wanted, which can be others in every sequence; before, they
+# were the same in all.
+slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _slice_logits_to_keep)
