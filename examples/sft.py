@@ -61,6 +61,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeConfig
+from modeling_coe.releases import CHECKPOINTING
 
 
 # The prompt on a line of its own, then the answer and the end.
@@ -143,7 +144,7 @@ def train(
             packing=True,
             eval_packing=False,
             completion_only_loss=True,
-            activation_checkpointing=False,
+            **{CHECKPOINTING: False},
         ),
         train_dataset=conversations,
         eval_dataset=held_out,

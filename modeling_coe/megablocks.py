@@ -99,7 +99,7 @@ def megablocks_experts_forward(
         "biases": self.has_bias,
         "no gate": not self.has_gate,
         "interleaved gate and up": not self.is_concatenated,
-        "a norm after each expert": self.has_post_expert_norm,
+        "a norm after each expert": getattr(self, "has_post_expert_norm", False),  # transformers from 5.20 on
     }
     for layout, present in unsupported.items():
         if present:

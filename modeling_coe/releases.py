@@ -60,3 +60,11 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 # 5.21 has a function for the positions whose logits are wanted, which can be others in every sequence; before, they
 # were the same in all.
 slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _slice_logits_to_keep)
+
+# 5.23 calls checkpointing `activation_checkpointing`, in models and in training arguments; before, it was
+# `gradient_checkpointing`.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(modeling_utils.PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_coe import CoeConfig, CoeForCausalLM
+from modeling_coe.releases import CHECKPOINTING
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,11 @@ def tiny_model(seed: int = 0, **overrides) -> CoeForCausalLM:
 def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     """Token ids without the special ones (0 to 2)."""
     return torch.randint(3, vocab_size, shape)
+
+
+def enable_checkpointing(model: torch.nn.Module, options: dict | None = None) -> None:
+    """`activation_checkpointing_enable` under the name that it has in this release of transformers."""
+    getattr(model, f"{CHECKPOINTING}_enable")(options)
 
 
 def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess:

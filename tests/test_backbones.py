@@ -18,7 +18,7 @@ from modeling_coe.backbones import BACKBONES
 from modeling_coe.modeling_coe import CoeRouter
 from modeling_coe.releases import CACHE
 
-from .helpers import EXPERTS_BACKENDS, random_ids, tiny_config, tiny_model
+from .helpers import EXPERTS_BACKENDS, enable_checkpointing, random_ids, tiny_config, tiny_model
 
 
 UPCYCLED = {
@@ -170,7 +170,7 @@ def test_gradients_with_checkpointing_equal_those_without(case):
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.any() for gradient in expected.values())
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)

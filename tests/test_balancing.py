@@ -1,5 +1,7 @@
 """The router losses: their values, what they leave out, and how they enter the training loss."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from modeling_coe import CoeForCausalLM
 from modeling_coe.balancing import label_token_share, load_balancing_loss, router_z_loss
 
-from .helpers import random_ids, tiny_config, tiny_model
+from .helpers import enable_checkpointing, random_ids, tiny_config, tiny_model
 
 
 def naive_load_balancing_loss(logits, indices, batch_size, scoring_func, seq_aux, token_mask):
@@ -248,7 +250,7 @@ def test_checkpointing_leaves_all_gradients_as_they_are():
     model = tiny_model(aux_loss_alpha=1.0, router_z_loss_coef=0.1).train()
     input_ids = random_ids(2, 8)
     expected = gradients(model, [(input_ids, input_ids)])
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     assert model.model.layers[0].gradient_checkpointing
     actual = gradients(model, [(input_ids, input_ids)])
     assert expected.keys() == actual.keys()
@@ -261,15 +263,16 @@ def test_checkpointing_leaves_all_gradients_as_they_are():
 def test_reentrant_checkpointing_is_refused_with_an_aux_loss():
     reentrant = {"use_reentrant": True}
     with pytest.raises(ValueError, match=r"use_reentrant=True.*aux_loss_alpha=0.001.*use_reentrant=False"):
-        tiny_model().activation_checkpointing_enable(reentrant)
+        enable_checkpointing(tiny_model(), reentrant)
     with pytest.raises(ValueError, match="use_reentrant"):  # torch's default
-        tiny_model().activation_checkpointing_enable({"preserve_rng_state": False})
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="use_reentrant"):
+        enable_checkpointing(tiny_model(), {"preserve_rng_state": False})
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="use_reentrant"):
+        warnings.simplefilter("ignore", FutureWarning)  # releases that have the other name deprecate this one
         tiny_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
     model = tiny_model(aux_loss_alpha=0.0).train()
     input_ids = random_ids(1, 6)
     expected = gradients(model, [(input_ids, input_ids)])
-    model.activation_checkpointing_enable(reentrant)
+    enable_checkpointing(model, reentrant)
     actual = gradients(model, [(input_ids, input_ids)])
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
@@ -277,7 +280,7 @@ def test_reentrant_checkpointing_is_refused_with_an_aux_loss():
 
 def test_a_coefficient_set_after_reentrant_checkpointing_is_refused_too():
     model = tiny_model(aux_loss_alpha=0.0).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(model, {"use_reentrant": True})
     model.config.aux_loss_alpha = 0.1
     with pytest.raises(ValueError, match="use_reentrant"):
         model(random_ids(1, 6))

@@ -6,8 +6,9 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import BiasBalancer, BiasBalancingCallback
+from modeling_coe.releases import CHECKPOINTING
 
-from .helpers import random_ids, tiny_config, tiny_model, torchrun
+from .helpers import enable_checkpointing, random_ids, tiny_config, tiny_model, torchrun
 
 
 AUX_FREE = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "aux_loss_alpha": 0.0}
@@ -117,7 +118,7 @@ def test_what_checkpointing_computes_again_does_not_count(use_reentrant):
     input_ids = random_ids(2, LENGTH)
     expected = naive_counts(model, input_ids)
     if use_reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable_checkpointing(model, {"use_reentrant": use_reentrant})
     balancer = BiasBalancer(model)
     model(input_ids, labels=input_ids).loss.backward()
     assert balancer.counts.tolist() == expected
@@ -222,7 +223,7 @@ def expected_biases(model, data, steps: int = 3, batch: int = 4) -> list[torch.T
     [
         (4, {}),
         (1, {"gradient_accumulation_steps": 4}),
-        (2, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}),
+        (2, {"gradient_accumulation_steps": 2, CHECKPOINTING: True}),
         (4, {"eval_strategy": "steps", "eval_steps": 1}),
     ],
 )

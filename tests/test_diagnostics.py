@@ -22,10 +22,11 @@ from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import RoutingCallback
 from modeling_coe.diagnostics import RoutingStatistics, measure_routing, record_routing, routing_stability
 from modeling_coe.plots import plot_load, plot_training, plot_transitions
+from modeling_coe.releases import CHECKPOINTING
 from modeling_coe.routing_cli import main
 
 from .diagnostics_worker import MIXED, trainer
-from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model, torchrun
+from .helpers import RESIDUAL_FLAGS, enable_checkpointing, random_ids, tiny_config, tiny_model, torchrun
 
 
 # ---- The same by plain counting -------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def test_checkpointing_does_not_count_twice(checkpointing):
     input_ids = random_ids(2, 8)
     expected = measure_routing(model, [{"input_ids": input_ids}]).summary()
     if checkpointing:
-        model.activation_checkpointing_enable(checkpointing)
+        enable_checkpointing(model, checkpointing)
     model.train()
     with record_routing(model) as statistics:
         model(input_ids, labels=input_ids).loss.backward()
@@ -451,7 +452,7 @@ def test_callback_logs_the_training_tokens_since_the_last_log(tmp_path, checkpoi
         "gradient_accumulation_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,
-        "activation_checkpointing": checkpointing,
+        CHECKPOINTING: checkpointing,
     }
     model = tiny_model(**MIXED, output_router_logits=True)
     run = trainer(tmp_path, model, KeepingTrainer, [logger], **options)

@@ -22,7 +22,7 @@ from modeling_coe import experts as experts_module
 from modeling_coe.experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from modeling_coe.modeling_coe import CoeDecoderLayer, CoeExperts
 
-from .helpers import TINY, random_ids, tiny_config, tiny_model
+from .helpers import TINY, enable_checkpointing, random_ids, tiny_config, tiny_model
 
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "mish", "linear")
@@ -596,7 +596,7 @@ def test_gradient_checkpointing_of_the_model(aux_loss_alpha):
     gradients = []
     for enabled in (False, True):
         if enabled:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         model.zero_grad()
         model(input_ids, labels=input_ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

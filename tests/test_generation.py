@@ -176,6 +176,8 @@ class TestCompile:
 
     @pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
     def test_training_step(self, backend):
+        if backend == "grouped_mm" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+            pytest.skip("transformers' own function cannot be compiled for training on the CPU before 5.23")
         model = tiny_model(aux_loss_alpha=0.1).train()
         model.set_experts_implementation(backend)
         input_ids = random_ids(2, 8)

@@ -12,7 +12,7 @@ import torch
 from modeling_coe import CoeConfig, CoeForSequenceClassification
 from modeling_coe.lora import lora_config
 
-from .helpers import EXPERTS_BACKENDS, ROOT, random_ids, tiny_config, tiny_model
+from .helpers import EXPERTS_BACKENDS, ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
 
 
 peft = pytest.importorskip("peft")
@@ -245,7 +245,7 @@ def test_gradients_are_those_of_the_weights(backend, mode):
     base = model.get_base_model()
     base.set_experts_implementation(backend)
     if mode == "checkpointed":
-        base.activation_checkpointing_enable()
+        enable_checkpointing(base)
     input_ids = random_ids(2, 9)
     with torch.no_grad() if mode == "frozen" else contextlib.nullcontext():
         output = model(input_ids, labels=input_ids)
@@ -285,7 +285,7 @@ def test_adapters_are_added_once_for_all_iterations(monkeypatch, iterations, mod
     original = peft.tuners.lora.layer.ParamWrapper.get_delta_factors
     monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "get_delta_factors", get_delta_factors)
     if mode == "checkpointed":
-        model.get_base_model().activation_checkpointing_enable()
+        enable_checkpointing(model.get_base_model())
     input_ids = random_ids(1, 5)
     with torch.no_grad() if mode == "no_grad" else contextlib.nullcontext():
         loss = model(input_ids, labels=input_ids).loss
@@ -338,7 +338,7 @@ def test_training_goes_on_under_checkpointing():
     for checkpointing in (False, True):
         model = adapted(**EVERYTHING, init_lora_weights=True).train()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable()
+            enable_checkpointing(model.get_base_model())
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
         torch.manual_seed(3)
         input_ids = random_ids(2, 12)

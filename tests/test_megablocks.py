@@ -26,7 +26,7 @@ from modeling_coe import megablocks
 from modeling_coe.megablocks import megablocks_backend
 from modeling_coe.modeling_coe import CoeExperts
 
-from .helpers import ROOT, random_ids, tiny_config, tiny_model
+from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
 from .test_reference import CASES, gradient, load
 
 
@@ -313,7 +313,7 @@ class TestModel:
         model.set_experts_implementation("grouped_mm")
         expected = loss_and_gradients(model, input_ids)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         model.set_experts_implementation("megablocks")
         assert_same_training_step(loss_and_gradients(model, input_ids), expected)
 

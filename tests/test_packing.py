@@ -6,7 +6,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from modeling_coe.balancing import load_balancing_loss, packed_sequences
 
-from .helpers import random_ids, tiny_model
+from .helpers import enable_checkpointing, random_ids, tiny_model
 
 
 LENGTHS = (5, 9, 2)
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_a_padded_batch(scoring_func, checkpoint
         batch = collate(sequences())
         model = tiny_model(scoring_func=scoring_func, aux_loss_alpha=1.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         output = model(**batch, num_items_in_batch=torch.tensor(sum(LENGTHS) - len(LENGTHS)))
         output.loss.backward()
         results.append([output.loss, output.aux_loss, *(p.grad for p in model.parameters())])

@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from modeling_coe.releases import CHECKPOINTING
+
 from .helpers import random_ids, tiny_model
 
 
@@ -53,7 +55,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, checkpointing):
             examples(12),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=4 // batch_size,
-            activation_checkpointing=checkpointing,
+            **{CHECKPOINTING: checkpointing},
             optim="sgd",
             learning_rate=0.1,
         )
@@ -134,7 +136,7 @@ def test_trl_sft_trainer(tmp_path, tokenizer):
             save_strategy="no",
             use_cpu=True,
             bf16=False,
-            activation_checkpointing=False,
+            **{CHECKPOINTING: False},
             disable_tqdm=True,
         )
         trainer = SFTTrainer(
