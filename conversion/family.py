@@ -14,6 +14,7 @@
 """What a source family is: a table of names and rules, and how it is read in both directions."""
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -180,7 +181,11 @@ class Family:
 
 
 def _default(config: PreTrainedConfig, name: str) -> Any:
-    return type(config).default_config_fields().get(name)
+    """The default that the class of a configuration declares for a field, `None` where there is none."""
+    declared = {field.name: field for field in dataclasses.fields(config)}.get(name)
+    if declared is None or declared.default is not dataclasses.MISSING:
+        return declared and declared.default
+    return None if declared.default_factory is dataclasses.MISSING else declared.default_factory()
 
 
 def _rename(key: str, pairs) -> str:

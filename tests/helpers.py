@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +48,11 @@ RESIDUAL_FLAGS = {
     "refine": {"upcycling": "refine"},
     "split": {"upcycling": "split"},
 }
+
+requires_compiled_grouped_mm = pytest.mark.skipif(
+    not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"),
+    reason="before 5.23, transformers' grouped_mm cannot be compiled for training on the CPU",
+)
 
 # The beginning of a program: however this project is installed, its packages cannot be imported.
 WITHOUT_PACKAGE = """

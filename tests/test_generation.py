@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from modeling_coe.releases import CACHE
 
-from .helpers import EXPERTS_BACKENDS, random_ids, tiny_model
+from .helpers import EXPERTS_BACKENDS, random_ids, requires_compiled_grouped_mm, tiny_model
 
 
 VARIANTS = {
@@ -174,10 +174,8 @@ class TestCompile:
                 actual, expected = compiled(input_ids).logits, model(input_ids).logits
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
-    @pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+    @pytest.mark.parametrize("backend", [pytest.param("grouped_mm", marks=requires_compiled_grouped_mm), "batched_mm"])
     def test_training_step(self, backend):
-        if backend == "grouped_mm" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
-            pytest.skip("transformers' own function cannot be compiled for training on the CPU before 5.23")
         model = tiny_model(aux_loss_alpha=0.1).train()
         model.set_experts_implementation(backend)
         input_ids = random_ids(2, 8)

@@ -278,12 +278,12 @@ def test_adapters_are_added_once_for_all_iterations(monkeypatch, iterations, mod
     wrappers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.layer.ParamWrapper)]
     added = []
 
-    def get_delta_factors(self, *args):
+    def activate(self, *args):
         added.append(self)
         return original(self, *args)
 
-    original = peft.tuners.lora.layer.ParamWrapper.get_delta_factors
-    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "get_delta_factors", get_delta_factors)
+    original = peft.tuners.lora.layer.ParamWrapper._activate_lora
+    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "_activate_lora", activate)
     if mode == "checkpointed":
         enable_checkpointing(model.get_base_model())
     input_ids = random_ids(1, 5)

@@ -26,7 +26,7 @@ from modeling_coe import megablocks
 from modeling_coe.megablocks import megablocks_backend
 from modeling_coe.modeling_coe import CoeExperts
 
-from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
+from .helpers import ROOT, enable_checkpointing, random_ids, requires_compiled_grouped_mm, tiny_config, tiny_model
 from .test_reference import CASES, gradient, load
 
 
@@ -438,6 +438,7 @@ class TestCompile:
             torch.testing.assert_close(compiled(*args), experts(*args))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one static, one with a dynamic length
 
+    @requires_compiled_grouped_mm
     def test_few_tokens_keep_the_model_one_graph(self, monkeypatch):
         monkeypatch.setattr(megablocks, "MIN_ROWS_PER_EXPERT", 64)
         model = tiny_model(**MODEL).train()
