@@ -185,7 +185,7 @@ class CoeConfig(DeepseekV2Config):
         "router_aux_loss_coef": "aux_loss_alpha",
     }
     # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
-    # `__post_init__` completes the plan of tensor parallelism by that of the backbone's attention.
+    # `_complete_plans` fits them to the fields.
     base_model_tp_plan = {
         module: style for module, style in DeepseekV2Config.base_model_tp_plan.items() if ".mlp." in module
     }
@@ -243,14 +243,35 @@ class CoeConfig(DeepseekV2Config):
             # What the parent sets for latent attention, and shared code reads as the sign of it.
             self.head_dim = head_dim or self.hidden_size // self.num_attention_heads
             self.qk_head_dim = None
-        attention_plan = {
-            module: style
-            for module, style in BACKBONES[self.backbone].base_model_tp_plan.items()
-            if ".self_attn." in module
-        }
-        self.base_model_tp_plan = attention_plan | type(self).base_model_tp_plan
         self.validate_chain()
         self.validate_routing()
+        self._complete_plans()
+
+    def _complete_plans(self) -> None:
+        """Adds the backbone's attention to the plans of parallelism, and takes from them what this model lacks."""
+        attention_plan = {
+            module: style
+            for module, style in (BACKBONES[self.backbone].base_model_tp_plan or {}).items()
+            if ".self_attn." in module
+        }
+        missing = []
+        if self.backbone in _LATENT_ATTENTION:
+            missing.append("q_b_proj" if self.q_lora_rank is None else "q_proj")
+        if not self.num_sparse_layers:
+            missing.append("mlp.experts")
+        if not self.num_sparse_layers or not self.shared_expert_width:
+            missing.append("mlp.shared_experts")
+        if self.num_sparse_layers == self.num_hidden_layers:
+            missing += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+        def present(plan: dict[str, str]) -> dict[str, str]:
+            return {
+                module: style for module, style in plan.items() if not any(f".{name}" in module for name in missing)
+            }
+
+        # Before 5.21, transformers has put tied embeddings into the plan of this configuration by now.
+        self.base_model_tp_plan = present(attention_plan | self.base_model_tp_plan)
+        self.base_model_ep_plan = present(self.base_model_ep_plan)
 
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of

@@ -1,11 +1,13 @@
 """What users expect of a causal language model in transformers, beyond loading and generating."""
 
 import copy
+import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2Model
 
+from configuration_coe.configuration_coe import BACKBONES
 from modeling_coe import (
     CoeForCausalLM,
     CoeForQuestionAnswering,
@@ -14,7 +16,7 @@ from modeling_coe import (
     CoeModel,
 )
 
-from .helpers import EXPERTS_BACKENDS, RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model
+from .helpers import EXPERTS_BACKENDS, RESIDUAL_FLAGS, TINY, random_ids, tiny_config, tiny_model
 
 
 ALL_CLASSES = (
@@ -189,20 +191,38 @@ def test_device_map_offloads_to_disk(tmp_path):
     assert model._no_split_modules == {"CoeDecoderLayer"}
 
 
-def test_parallel_plans_name_modules_that_exist():
-    """Every expert parameter has a place in both plans, and the plans are this class's own."""
-    from transformers import DeepseekV2Config
-
-    model = tiny_model(first_k_dense_replace=1)
-    names = {name.replace("0", "*").replace("1", "*") for name, _ in model.model.named_modules()}
-    names |= {name.replace("0", "*").replace("1", "*") for name, _ in model.model.named_parameters()}
-    config = model.config
-    optional = {"layers.*.self_attn.q_b_proj"}  # low-rank queries
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"q_lora_rank": 8},
+        {"n_shared_experts": None},
+        {"first_k_dense_replace": 1},
+        {"n_routed_experts": None},
+        {"use_igate": False, "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_parallel_plans_name_what_the_model_has(backbone, fields):
+    """All of it and nothing else: every projection that the families' plans split is in the plan."""
+    model = tiny_model(backbone=backbone, **fields).model
+    config, names = model.config, set()
+    for name, _ in (*model.named_modules(), *model.named_parameters()):
+        names.add(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    assert set(config.base_model_tp_plan) <= names and set(config.base_model_ep_plan) <= names
+    assert set(config.base_model_pp_plan) <= {name for name, _ in model.named_children()}
+    known = set(BACKBONES[backbone].base_model_tp_plan) | set(DeepseekV2Config.base_model_tp_plan)
+    other = {name for name in known if ".self_attn." in name} - set(BACKBONES[backbone].base_model_tp_plan)
+    assert (known - other) & names <= set(config.base_model_tp_plan)
+    experts = {f"layers.*.mlp.experts{name}" for name in ("", ".gate_up_proj", ".down_proj")}
     for plan in (config.base_model_tp_plan, config.base_model_ep_plan):
-        assert set(plan) - optional <= names
-        assert {f"layers.*.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")} <= set(plan)
-    assert set(config.base_model_pp_plan) <= {name for name, _ in model.model.named_children()}
-    assert config.base_model_tp_plan is not DeepseekV2Config.base_model_tp_plan
+        assert experts & set(plan) == (experts if config.num_sparse_layers else set())
+        assert plan is not DeepseekV2Config.base_model_tp_plan and plan is not DeepseekV2Config.base_model_ep_plan
+    # Whether embeddings are split over the vocabulary differs between releases.
+    options = {**TINY, "n_group": 1, "topk_group": 1, "tie_word_embeddings": config.tie_word_embeddings}
+    native = DeepseekV2Model(DeepseekV2Config(**options))
+    assert model.tp_plan.get("embed_tokens") == native.tp_plan.get("embed_tokens")
 
 
 def test_outputs_are_pytrees():
