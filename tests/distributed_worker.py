@@ -83,7 +83,8 @@ def main() -> None:
     for name, tensor in single.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor), name
     assert {file.stem for file in args.save.glob("*.py")} == {
-        *("modeling_coe", "configuration_coe", "attention", "backbones", "balancing", "checkpoint", "experts")
+        *("modeling_coe", "configuration_coe", "attention", "backbones", "balancing", "checkpoint", "experts"),
+        "releases",
     }
     assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
     if dist.get_rank() == 0:
