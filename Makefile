@@ -1,16 +1,36 @@
-# Every target makes .venv from the pinned constraints when it is missing.
+# Every target makes its environment from pinned constraints when it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quality style benchmarks evidence clean
+# Threads of torch that wait for each other spin for a moment only, or else one busy process stops them all.
+export GOMP_SPINCOUNT ?= 1000
+
+# What has to hold on every release of transformers.
+RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones balancing chain checkpoint configuration conversion \
+	finetuning generation lora packing reference releases remote_code seams training transformers)
+
+.PHONY: demo test test-oldest test-newest test-today quality style benchmarks evidence clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto tests
+
+# The oldest and the newest releases that are supported, each in an environment of its own (.venv-oldest, .venv-newest).
+test-oldest test-newest: test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
+
+# Whatever is out today, but for torch. Not pinned, so it may fail where nothing here has changed.
+test-today:
+	rm -rf $(VENV)-today
+	$(PYTHON) -m venv $(VENV)-today
+	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[finetune,megablocks,test]'
+	$(VENV)-today/bin/python -m pip list --disable-pip-version-check
+	$(VENV)-today/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check
@@ -35,11 +55,18 @@ evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.report && exit $$status
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-today
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+$(VENV)-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
+		--editable '.[finetune,megablocks,test]'
 	touch $@

@@ -32,6 +32,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
+# Read by torch's OpenMP when it loads: threads that wait for each other spin for a moment only, see wait_policy.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import transformers
 from matplotlib.figure import Figure

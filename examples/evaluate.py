@@ -40,6 +40,10 @@ from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import openmp  # noqa: F401  before torch
+
+
+# isort: split
 import lm_eval
 import torch
 from datasets.exceptions import DatasetsError

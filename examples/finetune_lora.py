@@ -33,6 +33,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401  before torch
+
+
+# isort: split
 import torch
 from answers import solve
 from corpus import (

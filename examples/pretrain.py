@@ -37,6 +37,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch
+
+
+# isort: split
 import torch
 from answers import solve
 from corpus import (

@@ -25,6 +25,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch
+
+
+# isort: split
 from corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
 from run_folder import InputError, check_positive
 from tqdm import tqdm

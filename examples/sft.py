@@ -34,6 +34,10 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch
+
+
+# isort: split
 from answers import solve
 from corpus import Example, choose_tokenizer, load_corpus
 from datasets import Dataset

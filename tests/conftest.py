@@ -4,6 +4,8 @@ import os
 # No test may reach a hub; set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read by torch's OpenMP when it loads: threads that wait for each other spin for a moment only.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from pathlib import Path
 

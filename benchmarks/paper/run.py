@@ -157,6 +157,7 @@ class Processes:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.args.threads),
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": path,
         }
