@@ -175,9 +175,12 @@ def test_function_is_kept(sources, chains, name, options):
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral"])
 def test_stored_dtype_is_kept(sources, tmp_path, name):
     source = sources(name, dtype=torch.bfloat16)
+    # From 5.24 on, transformers keeps the routers of some families in float32.
+    dtypes = {".gate." in key: tensor.dtype for key, tensor in stored(source).items() if "_bias" not in key}
+    assert dtypes[False] == torch.bfloat16
     convert(source, tmp_path / "out", verify_tokens=24)
     for key, tensor in stored(tmp_path / "out").items():
-        wanted = torch.float32 if "correction_bias" in key else torch.bfloat16
+        wanted = torch.float32 if "correction_bias" in key else dtypes[".gate." in key]
         assert tensor.dtype == wanted, key
     assert load(tmp_path / "out").dtype == torch.bfloat16
     assert_same_function(source, tmp_path / "out")
