@@ -88,6 +88,10 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
     )
 
 
+# What `sharing_weights` uses of PEFT's `ParamWrapper`: all of it or, where a name is missing, nothing.
+_PARAM_WRAPPER = ("_activate_lora", "merged_adapters", "merged", "disable_adapters", "active_adapters", "base_layer")
+
+
 @contextmanager
 def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
@@ -95,11 +99,12 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
     PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here that
     happens once for all calls, with gradients and without.
 
-    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter) or where the
-    weights come and go with every call: experts that are a unit of FSDP or of ZeRO-3 themselves.
+    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter), where a release
+    of PEFT has other names for what is used here, or where the weights come and go with every call: experts that are a
+    unit of FSDP or of ZeRO-3 themselves.
     """
     wrappers = []
-    while hasattr(experts, "_activate_lora"):
+    while all(hasattr(experts, name) for name in _PARAM_WRAPPER):
         wrappers.append(experts)
         experts = experts.base_layer
     if (
@@ -115,8 +120,9 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         for wrapper in wrappers:
             if not wrapper.merged and not wrapper.disable_adapters:
                 stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
-                wrapper._disable_adapters = True  # its own forward would add them again
-                stack.callback(setattr, wrapper, "_disable_adapters", False)
+                # They are in the weights meanwhile, and its own forward must not add them again.
+                stack.callback(setattr, wrapper, "merged_adapters", wrapper.merged_adapters)
+                wrapper.merged_adapters = wrapper.active_adapters
         experts.is_sharing_weights = True
         try:
             yield

@@ -18,6 +18,7 @@ from .helpers import EXPERTS_BACKENDS, ROOT, enable_checkpointing, random_ids, t
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("error:.*rank_pattern:RuntimeWarning")
 
+ParamWrapper = peft.tuners.lora.layer.ParamWrapper
 GROUPED_QUERIES = {"num_key_value_heads": 2, "head_dim": 16}
 BACKBONES = {
     "deepseek_v2": {},
@@ -271,19 +272,25 @@ def test_gradients_are_those_of_the_weights(backend, mode):
             wrapper = wrapper.base_layer
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize(("mode", "passes"), [("train", 1), ("checkpointed", 2), ("no_grad", 1)])
-def test_adapters_are_added_once_for_all_iterations(monkeypatch, iterations, mode, passes):
-    model = adapted({"inner_iter": iterations}).train()
-    wrappers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.layer.ParamWrapper)]
-    added = []
+@pytest.fixture
+def added(monkeypatch) -> list:
+    """Every wrapper of a parameter that has added its adapters to the weights, once for each time."""
+    wrappers = []
 
     def activate(self, *args):
-        added.append(self)
+        wrappers.append(self)
         return original(self, *args)
 
-    original = peft.tuners.lora.layer.ParamWrapper._activate_lora
-    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "_activate_lora", activate)
+    original = ParamWrapper._activate_lora
+    monkeypatch.setattr(ParamWrapper, "_activate_lora", activate)
+    return wrappers
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("mode", "passes"), [("train", 1), ("checkpointed", 2), ("no_grad", 1)])
+def test_adapters_are_added_once_for_all_iterations(added, iterations, mode, passes):
+    model = adapted({"inner_iter": iterations}).train()
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     if mode == "checkpointed":
         enable_checkpointing(model.get_base_model())
     input_ids = random_ids(1, 5)
@@ -294,7 +301,57 @@ def test_adapters_are_added_once_for_all_iterations(monkeypatch, iterations, mod
     assert len(wrappers) == 2 * 2 and len(added) == passes * len(wrappers)
     assert set(added) == set(wrappers)
     assert not any(hasattr(wrapper.get_base_layer(), "parametrizations") for wrapper in wrappers)
-    assert not any(wrapper.disable_adapters for wrapper in wrappers)
+    assert not any(wrapper.disable_adapters or wrapper.merged for wrapper in wrappers)
+
+
+def rename_in_peft(monkeypatch, model, names: tuple[str, ...]) -> None:
+    """Gives what our code takes of PEFT's wrapper another name there, in the wrapper's own use of it too."""
+    if "_activate_lora" in names:
+
+        def forward(self, *args):
+            with contextlib.nullcontext() if self.merged else self.activate_adapters(self.active_adapters):
+                return self.base_layer(*args)
+
+        monkeypatch.setattr(ParamWrapper, "activate_adapters", ParamWrapper._activate_lora, raising=False)
+        monkeypatch.delattr(ParamWrapper, "_activate_lora")
+        monkeypatch.setattr(ParamWrapper, "forward", forward)
+    if "merged_adapters" in names:
+        monkeypatch.setattr(ParamWrapper, "merged", property(lambda self: bool(self.names_of_merged)))
+        monkeypatch.delattr(peft.tuners.tuners_utils.BaseTunerLayer, "merged_adapters")
+        for wrapper in model.modules():
+            if isinstance(wrapper, ParamWrapper):
+                wrapper.names_of_merged = wrapper.__dict__.pop("merged_adapters")
+
+
+@pytest.mark.parametrize(
+    ("names", "additions"),
+    [
+        ((), 1),
+        (("_activate_lora",), 3),
+        (("merged_adapters",), 3),
+        (("_activate_lora", "merged_adapters"), 3),
+    ],
+)
+@pytest.mark.parametrize("backend", ["grouped_mm", "eager"])
+def test_names_that_a_release_of_peft_lacks(monkeypatch, added, names, additions, backend):
+    """Against PEFT's own way, in which every call of the experts adds the adapters."""
+    results = []
+    for shares in (False, True):
+        model = adapted({"inner_iter": 3}).train()
+        model.get_base_model().set_experts_implementation(backend)
+        input_ids = torch.arange(3, 21).view(2, 9)
+        with monkeypatch.context() as patch:
+            if shares:
+                rename_in_peft(patch, model, names)
+            else:
+                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda _: contextlib.nullcontext())
+            added.clear()
+            output = model(input_ids, labels=input_ids)
+            output.loss.backward()
+            assert {added.count(wrapper) for wrapper in added} == {additions if shares else 3}
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        results.append((output.logits, gradients))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
