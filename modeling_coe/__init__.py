@@ -4,6 +4,8 @@
 those of the official implementation included.
 """
 
+from pathlib import Path
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +16,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import CONFIG_NAME
 
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
@@ -60,7 +63,7 @@ def _write_model_card(model, folder, **details):
     # Imported when a model is saved, since `model_cards` is built on this package's configuration.
     import model_cards
 
-    if not model._hf_peft_config_loaded:  # or else an adapter is all that is saved
+    if (Path(folder) / CONFIG_NAME).is_file():  # or else an adapter is all that is saved
         model_cards.write(model, folder, **details)
 
 

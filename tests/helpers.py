@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.releases import CHECKPOINTING
@@ -84,6 +87,17 @@ def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tenso
 def enable_checkpointing(model: torch.nn.Module, options: dict | None = None) -> None:
     """`activation_checkpointing_enable` under the name that it has in this release of transformers."""
     getattr(model, f"{CHECKPOINTING}_enable")(options)
+
+
+def peft_of_transformers() -> ModuleType:
+    """PEFT, for a test of what transformers itself builds on it: `model.add_adapter`, and what saves such a model.
+    Skips where PEFT is not installed, or transformers refuses the installed release."""
+    peft = pytest.importorskip("peft")
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers refuses PEFT {peft.__version__}: {error}")
+    return peft
 
 
 def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess:

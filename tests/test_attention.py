@@ -288,7 +288,7 @@ class TestAbsorbs:
         peft = pytest.importorskip("peft")
         model = tiny_model(num_hidden_layers=1)
         config = peft.LoraConfig(target_modules=["kv_b_proj"], r=2, init_lora_weights=False)
-        model.add_adapter(config)
+        peft.inject_adapter_in_model(config, model)
         input_ids = random_ids(1, 9)
 
         @torch.no_grad()
@@ -426,7 +426,7 @@ class TestModel:
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_compiled_decoding_is_one_graph(self, kind):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         model = tiny_model(num_hidden_layers=1)
         input_ids = random_ids(2, 7)
         compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -200,7 +200,7 @@ def test_compiles_as_one_graph(backbone):
     ids = random_ids(2, 6)
     with torch.no_grad():
         expected = model(ids).logits
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(ids).logits, expected, atol=1e-5, rtol=1e-5)
 

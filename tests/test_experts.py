@@ -606,7 +606,7 @@ def test_gradient_checkpointing_of_the_model(aux_loss_alpha):
 class TestStepsAside:
     @pytest.mark.parametrize("backend, grad", [("eager", False), ("aot_eager", True)])
     def test_compiled(self, only_upstream, backend, grad):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         experts = with_backend(make_experts(dtype=torch.float32), "grouped_mm")
         compiled = torch.compile(experts, fullgraph=True, backend=backend)
         other = with_backend(experts, "torch_grouped_mm")
@@ -619,7 +619,7 @@ class TestStepsAside:
                 torch.testing.assert_close(compiled(*calls[0]), other(*calls[0]))
 
     def test_compiled_chain(self, only_upstream):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         model = tiny_model(inner_iter=2, num_hidden_layers=1).train()
         input_ids = random_ids(1, 6)
         loss = torch.compile(model, fullgraph=True, backend="eager")(input_ids, labels=input_ids).loss

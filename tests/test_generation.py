@@ -159,9 +159,9 @@ class TestCompile:
 
     @pytest.fixture(autouse=True)
     def fresh_compiler(self):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         yield
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
     @pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
     def test_forward(self, backend):

@@ -414,10 +414,10 @@ class TestHandOver:
 class TestCompile:
     @pytest.fixture(autouse=True)
     def fresh_compiler(self):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         yield
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
     def test_one_graph_break_that_says_why(self):
         experts = make_experts(64, 32, 3)

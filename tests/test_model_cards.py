@@ -18,7 +18,7 @@ import model_cards
 from configuration_coe import CoeConfig
 from modeling_coe import CoeForSequenceClassification
 
-from .helpers import RESIDUAL_FLAGS, random_ids, tiny_config, tiny_model
+from .helpers import RESIDUAL_FLAGS, peft_of_transformers, random_ids, tiny_config, tiny_model
 from .hub_server import validate_metadata
 
 
@@ -333,7 +333,7 @@ class TestSavedModels:
         assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
     def test_adapters_are_left_to_peft(self, tmp_path):
-        peft = pytest.importorskip("peft")
+        peft = peft_of_transformers()
         model = tiny_model()
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
         model.save_pretrained(tmp_path)
