@@ -1,0 +1,543 @@
+"""What this project takes from other libraries without their promise: private names, and what no documentation states.
+A failure names what has gone, and what of this project no longer works.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+import torch.distributed as dist
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Experts,
+    DeepseekV2PreTrainedModel,
+    DeepseekV2TopkRouter,
+)
+from transformers.utils import hub
+
+import modeling_coe.callbacks  # noqa: F401  not imported by the package itself
+from model_cards import cards
+from modeling_coe import CoeForCausalLM
+from modeling_coe.attention import CoeAttention
+from modeling_coe.modeling_coe import CoeExperts, CoePreTrainedModel, CoeRouter
+
+from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
+
+
+PACKAGES = ("configuration_coe", "modeling_coe", "model_cards", "conversion")
+FOLDERS = (*PACKAGES, "examples", "benchmarks", "tests")
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # documented by Python
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in PACKAGES
+
+
+def used_names(tree: ast.AST) -> Iterator[str]:
+    """Private names that a source reads from something: attributes, by name too, and what it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "").split(".")
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call):
+            function = getattr(node.func, "id", getattr(node.func, "attr", None))
+            if function in ("hasattr", "getattr", "setattr", "delattr"):
+                names = (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+                yield from (name for name in names if isinstance(name, str))
+
+
+def defined_names(tree: ast.AST) -> Iterator[str]:
+    """Names that a source gives to something: functions, classes, variables and attributes of `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            yield node.attr
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def test_every_private_name_is_in_this_file():
+    here = ROOT / "tests" / "test_seams.py"
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path != here]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    defined = {name for tree in trees for name in defined_names(tree)}
+    foreign = {name for tree in trees for name in used_names(tree)} - defined
+    # What a class of ours overrides is defined here and belongs to a base of another library all the same.
+    for module in [module for name, module in sys.modules.items() if is_ours(name)]:
+        for item in vars(module).values():
+            if isinstance(item, type) and is_ours(item.__module__):
+                bases = [base for base in item.__mro__ if not is_ours(base.__module__)]
+                foreign |= {name for name in vars(item).keys() & defined if any(name in vars(base) for base in bases)}
+
+    tree = ast.parse(here.read_text(encoding="utf-8"))
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    missing = sorted(filter(is_private, foreign - set(used_names(tree)) - strings - NAMED_TUPLE))
+    assert not missing, f"private names of other libraries of which nothing here says what they are for: {missing}"
+
+
+class TestLoading:
+    """`from_pretrained`, the conversion, and what a checkpoint must hold."""
+
+    def test_load_pretrained_model(self, tmp_path, monkeypatch):
+        parameters = list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters)
+        assert parameters[:4] == ["model", "state_dict", "checkpoint_files", "load_config"], (
+            "`_load_pretrained_model` takes others: an incomplete checkpoint would load, missing routers at random"
+        )
+        assert "expected_keys" in parameters, "an adapter cannot be told from a whole model when one is loaded"
+        tiny_model().save_pretrained(tmp_path)
+        calls = []
+
+        def load(model, state_dict, checkpoint_files, load_config, **kwargs):
+            calls.append((state_dict, checkpoint_files, load_config, kwargs))
+            return original(model, state_dict, checkpoint_files, load_config, **kwargs)
+
+        original = PreTrainedModel._load_pretrained_model
+        monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", load)
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert calls, "`from_pretrained` goes elsewhere: incomplete checkpoints would load, missing routers at random"
+        ((state_dict, files, load_config, kwargs),) = calls
+        assert state_dict is None and [str(file) for file in files] == [str(tmp_path / "model.safetensors")], (
+            "the files of a whole model are not told: their keys cannot be checked"
+        )
+        assert "expected_keys" not in kwargs, "a whole model is told like an adapter, and would not be checked"
+        assert load_config.hf_quantizer is None and load_config.ignore_mismatched_sizes is False, (
+            "what turns the check of a checkpoint off cannot be read"
+        )
+        assert any(isinstance(transform, WeightConverter) for transform in load_config.weight_mapping), (
+            "`weight_mapping` does not hold the conversions: renamed keys could not be checked"
+        )
+
+    def test_loading_some_tensors(self):
+        with torch.device("meta"):
+            model = tiny_model()
+        tensors = {"model.norm.weight": torch.full((32,), 2.0)}
+        load_config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model))
+        info, _ = type(model)._load_pretrained_model(model, tensors, None, load_config)
+        assert model.model.norm.weight.eq(2).all(), "`coe-convert` cannot load a layer at a time to verify its result"
+        assert not (info.conversion_errors or info.error_msgs or info.mismatched_keys), (
+            "`coe-convert` cannot tell what failed to load"
+        )
+
+    def test_conversion_mapping(self):
+        mapping = get_checkpoint_conversion_mapping("deepseek_v2")
+        experts = {target for part in mapping if isinstance(part, WeightConverter) for target in part.target_patterns}
+        assert {name.rpartition(".")[2] for name in experts} >= {"gate_up_proj", "down_proj"}, (
+            "DeepSeek-V2's mapping no longer fuses experts: official checkpoints would not load"
+        )
+        model = tiny_model()
+        mapping = get_model_conversion_mapping(model)
+        converters = [part for part in mapping if isinstance(part, WeightConverter)]
+        renamings = [part for part in mapping if isinstance(part, WeightRenaming)]
+        key, prefix = "model.layers.0.mlp.experts.0.up_proj.weight", model.base_model_prefix
+        name, _ = rename_source_key(key, renamings, converters, prefix, model.state_dict())
+        assert name == "model.layers.0.mlp.experts.gate_up_proj", "`coe-convert` cannot tell which layer a key is of"
+        assert key in revert_weight_conversion(model, model.state_dict()), (
+            "`coe-convert` does not know the names that a model has on disk"
+        )
+        assert WeightRenaming("a.", "b.").rename_source_key("a.weight")[0] == "b.weight", (
+            "the check of a checkpoint cannot follow renamed keys"
+        )
+        assert set(tiny_model(tie_word_embeddings=True).all_tied_weights_keys) == {"lm_head.weight"}, (
+            "`coe-convert` would ask for a head that is tied"
+        )
+
+    def test_initialization(self):
+        model = tiny_model(initializer_range=0.3)
+        for module in (model.model.layers[0].mlp.gate[0], model.model.layers[0].mlp.experts):
+            for name, parameter in module.named_parameters():
+                nn.init.zeros_(parameter)
+                DeepseekV2PreTrainedModel._init_weights(model, module)
+                assert 0.2 < parameter.std() < 0.4, f"DeepSeek-V2's `_init_weights` leaves `{name}` out: it is garbage"
+        loaded = torch.ones(2)
+        loaded._is_hf_initialized = True
+        init.zeros_(loaded)
+        assert loaded.all(), "loaded `iteration_scale`s and selection biases would be set to zero again"
+
+    def test_float32_modules(self, tmp_path):
+        tiny_model(topk_method="noaux_tc").save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        tensors = [tensor for name, tensor in model.state_dict().items() if ".gate." in name]
+        assert model._keep_in_fp32_modules_strict and {tensor.dtype for tensor in tensors} == {torch.float32}, (
+            "`_keep_in_fp32_modules_strict` has no effect: routers and selection biases are rounded"
+        )
+
+    def test_fields_of_configurations(self):
+        assert {field.name: field.default for field in fields(LlamaConfig())}["hidden_act"] == "silu", (
+            "configurations are no dataclasses: `coe-convert` cannot tell a field that is set from a default"
+        )
+        assert "_name_or_path" in LlamaConfig().to_dict(), "tests compare configurations without the folder's name"
+
+
+class TestModels:
+    """What a model declares, and what transformers does about it."""
+
+    def test_plans(self):
+        model = tiny_model(tie_word_embeddings=True)
+        assert model._tied_weights_keys and model.lm_head.weight is model.model.embed_tokens.weight, (
+            "`_tied_weights_keys` has no effect: the output head is not tied"
+        )
+        assert model._no_split_modules == {"CoeDecoderLayer"}, "a device map may cut a layer, and its residual, in two"
+        assert model._tp_plan["lm_head"] == "colwise_gather_output", "tensor parallelism leaves the output head out"
+        assert "model.layers.*.mlp.experts.gate_up_proj" in model._tp_plan, (
+            "the plan of the configuration is not joined to the model's: tensor parallelism leaves the experts whole"
+        )
+        assert "lm_head" in model._pp_plan, "pipeline parallelism leaves the output head out"
+        assert "lm_head" in model._fsdp_plan, "FSDP2 shards the output head"
+        for name in ("_no_split_modules", "_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan"):
+            assert hasattr(PreTrainedModel, name), f"transformers reads `{name}` no more"
+
+    def test_recording(self):
+        model = tiny_model()
+        assert model._can_record_outputs.keys() >= {"router_logits", "router_indices"}, (
+            "routing statistics do not find a Chain-of-Experts model inside another"
+        )
+        routers = [module for module in model.modules() if isinstance(module, CoeRouter)]
+        assert all(router._forward_hooks for router in routers), (
+            "`maybe_install_capturing_hooks` does not install them: a first call that is compiled records no router"
+        )
+        with torch.no_grad():
+            outputs = model.model(random_ids(1, 5), output_router_logits=True, output_router_indices=True)
+        assert [logits.shape for logits in outputs.router_logits] == [(5, 8)] * 4, (
+            "`OutputRecorder(index=0)` does not record what a router returns first: there is no balancing loss"
+        )
+        assert [index.shape for index in outputs.router_indices] == [(5, 2)] * 4, (
+            "`OutputRecorder(index=2)` does not record what a router returns third: there is no balancing loss"
+        )
+
+    def test_checkpointing(self, monkeypatch):
+        calls = []
+
+        def set_checkpointing(self, enable=True, **kwargs):
+            calls.append(kwargs.get("gradient_checkpointing_func"))
+            return original(self, enable, **kwargs)
+
+        original = PreTrainedModel._set_gradient_checkpointing
+        monkeypatch.setattr(PreTrainedModel, "_set_gradient_checkpointing", set_checkpointing)
+        model = tiny_model()
+        enable_checkpointing(model, {"use_reentrant": False})
+        assert calls and isinstance(calls[0], functools.partial) and calls[0].keywords == {"use_reentrant": False}, (
+            "`_set_gradient_checkpointing` is not asked: reentrant checkpointing, which cuts the gradient of the "
+            "router losses, is refused later than it could be"
+        )
+        assert model.model._gradient_checkpointing_func is calls[0] and model.model.gradient_checkpointing, (
+            "how a model checkpoints cannot be read: reentrant checkpointing would cut the gradient of router losses"
+        )
+
+    def test_experts_implementation(self):
+        assert CoeForCausalLM._can_set_experts_implementation(), (
+            "transformers does not find `@use_experts_implementation` in `modeling_coe.py`: experts_implementation "
+            "cannot be chosen"
+        )
+        model = tiny_model()
+        model.set_experts_implementation("batched_mm")
+        assert model.model.layers[0].mlp.experts.config._experts_implementation == "batched_mm", (
+            "tests and backends read the chosen implementation there"
+        )
+        interface = ExpertsInterface()
+        interface["mine"] = lambda self, *_: (self.is_transposed, self.has_bias, self.has_gate, self.is_concatenated)
+
+        @use_experts_implementation(experts_interface=interface)
+        class Experts(DeepseekV2Experts):
+            def forward(self, *args):
+                return "eager"
+
+        config = tiny_config()
+        experts = Experts(config)
+        config._experts_implementation = "eager"
+        assert experts(1) == "eager" and type(experts).forward.__wrapped__(experts, 1) == "eager", (
+            "int8 experts have no way to the plain forward of their class"
+        )
+        config._experts_implementation = "mine"
+        assert experts(1) == (False, False, True, True), (
+            "experts do not say their layout, by which `megablocks` refuses what it cannot compute"
+        )
+        gate_up = torch.randn(3, 2 * config.moe_intermediate_size)
+        gate, up = gate_up.chunk(2, dim=-1)
+        torch.testing.assert_close(
+            experts._apply_gate(gate_up),
+            nn.functional.silu(gate) * up,
+            msg="`_apply_gate` computes something else: so would the eager and megablocks experts",
+        )
+        assert "megablocks" in ALL_EXPERTS_FUNCTIONS, "megablocks cannot be chosen as an experts implementation"
+
+    def test_attention_implementation(self):
+        model = tiny_model()
+        model.set_attn_implementation("eager")
+        assert model.model.layers[0].self_attn.config._attn_implementation == "eager", (
+            "`CoeAttention` cannot tell which attention to compute"
+        )
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", max) is max, "eager attention is not the model's own"
+
+    def test_parts_of_deepseek_v2(self):
+        config = tiny_config(q_lora_rank=12)
+        for parent, names in {
+            CoeAttention(config, 0): "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj "
+            "o_proj q_lora_rank kv_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim scaling "
+            "attention_dropout layer_idx",
+            DeepseekV2TopkRouter(config): "weight hidden_dim num_experts topk_method num_group topk_group "
+            "routed_scaling_factor",
+            DeepseekV2Experts(config): "gate_up_proj down_proj num_experts act_fn",
+        }.items():
+            missing = [name for name in names.split() if not hasattr(parent, name)]
+            assert not missing, f"{type(parent).__name__} has no {missing}, which this project's part is built on"
+
+
+class TestSaving:
+    def test_hooks_of_saving(self):
+        model = tiny_model()
+        assert CoeForCausalLM._auto_class == "AutoModelForCausalLM"
+        assert CoeForCausalLM.is_remote_code() and not DeepseekV2ForCausalLM.is_remote_code(), (
+            "saved folders do not carry the code that they need, or FSDP2's code instead"
+        )
+        assert model.should_save_on_this_rank(True) and not model.should_save_on_this_rank(False), (
+            "`save_pretrained` does not know which rank writes: ranks would replace each other's folders"
+        )
+        assert model.barrier_after_gathered_checkpoint_save(None) is None, (
+            "ranks go on before the files of `save_pretrained` are in place"
+        )
+
+    def test_code_beside_a_model(self, tmp_path):
+        custom_object_save(CoePreTrainedModel, tmp_path)
+        assert {"modeling_coe.py", "experts.py", "configuration_coe.py"} <= {
+            file.name for file in tmp_path.iterdir()
+        }, "`custom_object_save` does not copy a module with its siblings: converted folders lack code"
+
+    def test_pushing(self):
+        parameters = list(inspect.signature(PreTrainedModel._upload_modified_files).parameters)
+        assert parameters[:3] == ["self", "working_dir", "repo_id"], "a pushed model gets an empty model card"
+
+    def test_empty_model_card(self, monkeypatch):
+        def load(repo_id, **_):
+            raise LocalEntryNotFoundError(repo_id)
+
+        assert issubclass(LocalEntryNotFoundError, EntryNotFoundError)
+        monkeypatch.setattr(hub.ModelCard, "load", load)
+        card = hub.create_and_tag_model_card("somebody/model")
+        assert cards._is_empty_form(card), (
+            "transformers' empty model card reads differently: it stays, above the parts of `model_cards`"
+        )
+
+    def test_fsdp2_makes_a_class(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            model = fully_shard(tiny_model(), mesh=mesh)
+        finally:
+            dist.destroy_process_group()
+        assert isinstance(model, FSDPModule) and isinstance(model, CoeForCausalLM), (
+            "sharded models and experts cannot be told: their weights would be shared after they are gone"
+        )
+        assert type(model)._model_class() is CoeForCausalLM, "a sharded model is saved without its code"
+
+
+class TestTraining:
+    def test_trainer(self, tmp_path):
+        pytest.importorskip("accelerate")
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        class Watch(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                self.entry = state.log_history[-1] if state.log_history else None
+
+        model = nn.Linear(2, 2)
+        arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        trainer, watch = Trainer(model=model, args=arguments), Watch()
+        trainer.callback_handler.callbacks.insert(0, watch)
+        trainer.log({"loss": 1.0})
+        assert hasattr(watch, "entry"), "`RoutingCallback.add_to` cannot come before the loggers"
+        assert watch.entry and watch.entry["loss"] == 1, "routing statistics do not reach `log_history`"
+        assert trainer.accelerator.unwrap_model(trainer.model) is model, "cards cannot be written for wrapped models"
+        assert callable(trainer.create_model_card), "`model_cards.attach` cannot complete a trainer's card"
+
+    def test_accelerate_replaces_forward(self):
+        hooks = pytest.importorskip("accelerate.hooks")
+        linear = nn.Linear(2, 2)
+        hooks.add_hook_to_module(linear, hooks.ModelHook())
+        assert "forward" in vars(linear), "`CoeAttention` would read an offloaded projection's weight"
+
+    def test_hooks_of_a_module(self):
+        linear = nn.Linear(2, 2)
+        linear.register_forward_hook(lambda *_: None)
+        linear.register_forward_pre_hook(lambda *_: None)
+        assert len(linear._forward_hooks) == len(linear._forward_pre_hooks) == 1, (
+            "`CoeAttention` would not see that a projection does more than multiply"
+        )
+
+    def test_backward_passes_have_numbers(self):
+        numbers = []
+        x = torch.ones(1, requires_grad=True)
+        for _ in range(2):
+            y = x * 2
+            y.register_hook(lambda _: numbers.append(torch._C._current_graph_task_id()))
+            (y * 1).sum().backward()
+        assert len(set(numbers)) == 2 and torch._C._current_graph_task_id() == -1, (
+            "backward passes cannot be told apart: `grouped_mm` experts would add up gradients of a broken-off one"
+        )
+
+    def test_onednn(self):
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("torch is built without oneDNN")
+        a, b = torch.randn(16, 32), torch.randn(8, 32)
+        torch.testing.assert_close(
+            torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""),
+            a @ b.T,
+            msg="oneDNN's product is another: `grouped_mm` experts are wrong on processors that are not Intel's",
+        )
+
+    def test_what_only_tests_use_of_torch(self):
+        with TorchDispatchMode():
+            assert torch.utils._pytree.tree_map(lambda x: x + 1, {"a": [1]}) == {"a": [2]}
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 0, "tests cannot count compiled graphs"
+
+
+class TestPeft:
+    def test_wrapper_of_a_parameter(self):
+        """`sharing_weights` steps aside where one of these is missing: right, and slower."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(
+            target_modules=[], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False
+        )
+        model = peft.get_peft_model(tiny_model(), config)
+        wrapper = model.get_base_model().model.layers[0].mlp.experts
+        plain = wrapper.base_layer.down_proj.detach().clone()
+        assert not wrapper.merged and not wrapper.disable_adapters and wrapper.active_adapters == ["default"]
+        with wrapper._activate_lora(wrapper.active_adapters):
+            assert not torch.equal(wrapper.base_layer.down_proj, plain), (
+                "`_activate_lora` adds no adapter: adapters of experts would have no effect"
+            )
+            merged = wrapper.merged_adapters
+            wrapper.merged_adapters = wrapper.active_adapters
+            assert wrapper.merged, "`merged` is not what `merged_adapters` says: adapters would be added twice"
+            wrapper.merged_adapters = merged
+        assert torch.equal(wrapper.base_layer.down_proj, plain), "`_activate_lora` leaves adapters in the weights"
+
+
+class TestMegablocks:
+    def test_kernels(self):
+        kernels = pytest.importorskip("stk.backend.triton_kernels")
+        for function, arguments in {
+            kernels.sdd: "lhs rhs shape out offsets row_indices column_indices",
+            kernels.dsd: "shape data offsets row_indices column_indices offsets_t column_indices_t block_offsets_t "
+            "transpose_a rhs out",
+        }.items():
+            assert list(inspect.signature(function).parameters) == arguments.split(), (
+                f"stk's `{function.__name__}` takes other arguments: `megablocks` would compute something else"
+            )
+        for kernel in (kernels._sdd_kernel, kernels._dsd_kernel):
+            assert kernel.configs and all(isinstance(config.kwargs, dict) for config in kernel.configs), (
+                "kernels' launch options cannot be set: float32 products would use TF32"
+            )
+            expected = "JITFunction" if torch.cuda.is_available() else "InterpretedFunction"
+            assert type(kernel.fn).__name__ == expected, (
+                "Triton's interpreter cannot be told from its compiler: bfloat16 products would be wrong on the CPU"
+            )
+
+    def test_launch_option(self):
+        pytest.importorskip("triton")
+        compiler = importlib.import_module("triton.backends.nvidia.compiler")
+        assert "ieee" in compiler.CUDAOptions().allowed_dot_input_precisions, (
+            "Triton has no such launch option: float32 products would fail, or use TF32"
+        )
+
+
+class TestTorchAo:
+    def test_tensors(self):
+        pytest.importorskip("torchao")
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        linear = nn.Linear(32, 16)
+        quantize_(linear, Int8WeightOnlyConfig())
+        data = linear.weight.data
+        assert type(linear.weight).__module__.startswith("torchao."), (
+            "int8 experts would be multiplied as a group, which their tensors do not support"
+        )
+        assert type(data).__module__.partition(".")[0] == "torchao", "reports do not see that a weight is quantised"
+        names, _ = data.__tensor_flatten__()
+        assert torch.int8 in {getattr(data, name).dtype for name in names}, "reports count the bytes of other weights"
+
+    def test_experts_are_found_by_name(self):
+        pytest.importorskip("torchao")
+        from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+        experts = CoeExperts(tiny_config())
+        quantize_(experts, FqnToConfig({r"re:.*down_proj": Int8WeightOnlyConfig()}), filter_fn=None)
+        assert type(experts.down_proj).__module__.startswith("torchao."), "routed experts would not be quantised"
+
+
+class TestHub:
+    def test_validators(self):
+        @strict
+        @dataclass
+        class Config:
+            width: int = 1
+
+            def validate_width(self):
+                if self.width < 1:
+                    raise ValueError("no width")
+
+        try:
+            config = Config(width=0)
+        except (ValueError, StrictDataclassError):
+            config = None
+        assert config is None, "`validate_...` methods are not called: a wrong `CoeConfig` is made without an error"
+
+    def test_metadata_of_cards(self):
+        result = EvalResult("text-generation", "gsm8k", "gsm8k", "loss", 1.0)
+        other = EvalResult("text-generation", "gsm8k", "gsm8k", "loss", 2.0)
+        assert result.is_equal_except_value(other), "a repeated measurement would be in a card twice"
+        card = ModelCard("---\nlicense: mit\n---\n# Mine\n")
+        card.data["tags"] = ["one"]
+        assert card.data.get("license") == "mit" and "tags:\n- one" in str(card), "cards cannot be completed"
+        assert card.text.strip() == "# Mine", "the parts of a card cannot be replaced"
+
+
+class TestLmEval:
+    """What only tests use: they index fewer tasks, and compare how a prompt and its answer are tokenised."""
+
+    def test_index_and_tokens(self):
+        pytest.importorskip("lm_eval")
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks._index import TaskIndex
+
+        assert list(inspect.signature(TaskIndex._iter_yaml_files).parameters) == ["root"], (
+            "tests of examples/evaluate.py would index thousands of tasks"
+        )
+        assert list(inspect.signature(HFLM._encode_pair).parameters) == ["self", "context", "continuation"], (
+            "what lm-eval scores cannot be compared with what training learns"
+        )
