@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig, PreTrainedModel, modeling_utils
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -337,6 +338,14 @@ class TestSaving:
         assert {"modeling_coe.py", "experts.py", "configuration_coe.py"} <= {
             file.name for file in tmp_path.iterdir()
         }, "`custom_object_save` does not copy a module with its siblings: converted folders lack code"
+
+    def test_files_are_written_by_safetensors(self, tmp_path, monkeypatch):
+        written = []
+        monkeypatch.setattr(
+            modeling_utils, "safe_save_file", lambda tensors, file, **_: written.append(Path(file).name)
+        )
+        tiny_model().save_pretrained(tmp_path)
+        assert written == ["model.safetensors"], "tests cannot let a save fail half-way"
 
     def test_pushing(self):
         parameters = list(inspect.signature(PreTrainedModel._upload_modified_files).parameters)
