@@ -50,7 +50,7 @@ def test_cached_and_uncached_logits_agree(model):
         logits, cache = [prefill.logits], prefill.past_key_values
         for position in range(5, 9):
             logits.append(model(input_ids[:, position : position + 1], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
+    assert_close_logits(torch.cat(logits, dim=1), expected)
 
 
 def test_cache_holds_the_compressed_latents(model):
@@ -91,7 +91,7 @@ def test_static_cache(model):
     with torch.no_grad():
         logits = model(input_ids, past_key_values=cache).logits
         expected = model(input_ids).logits
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    assert_close_logits(logits, expected)
 
 
 def test_beam_search(model):
@@ -172,7 +172,7 @@ class TestCompile:
             input_ids = random_ids(*shape)
             with torch.no_grad():
                 actual, expected = compiled(input_ids).logits, model(input_ids).logits
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+            assert_close_logits(actual, expected)
 
     @pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
     def test_training_step(self, backend):
@@ -210,7 +210,7 @@ class TestCompile:
         input_ids = random_ids(2, 6)
         with torch.no_grad():
             actual = torch.compile(model, fullgraph=True)(input_ids, use_cache=False).logits
-            torch.testing.assert_close(actual, model(input_ids).logits, atol=1e-4, rtol=1e-3)
+            assert_close_logits(actual, model(input_ids).logits)
 
 
 def test_generation_config_is_saved_and_used(model, tmp_path):

@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_sequences_alone(overrides, attention, training)
     ids = sequences()
     packed = model(**flatten(ids)).logits[0]
     for row, logits in zip(ids, packed.split(LENGTHS), strict=True):
-        torch.testing.assert_close(logits, model(row[None]).logits[0], atol=1e-5, rtol=1e-4)
+        assert_close_logits(logits, model(row[None]).logits[0])
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])

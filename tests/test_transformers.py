@@ -112,8 +112,8 @@ def test_attention_backends_agree(q_lora_rank):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             logits[attention] = model(input_ids, attention_mask=mask).logits[mask.bool()]
-    torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(logits["flex_attention"], logits["eager"], atol=1e-5, rtol=1e-4)
+    assert_close_logits(logits["sdpa"], logits["eager"])
+    assert_close_logits(logits["flex_attention"], logits["eager"])
 
 
 @pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
@@ -129,7 +129,7 @@ def test_experts_backends_agree(rule):
         results[backend] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
     for backend in EXPERTS_BACKENDS[1:]:
         for actual, expected in zip(results[backend], results["eager"], strict=True):
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("backend", EXPERTS_BACKENDS)
@@ -172,7 +172,7 @@ def test_torch_export(backend):
     with torch.no_grad():
         program = torch.export.export(model, (), {"input_ids": input_ids, "use_cache": False}, strict=False)
         exported = program.module()(input_ids=input_ids, use_cache=False)
-        torch.testing.assert_close(exported.logits, model(input_ids).logits)
+        assert_close_logits(exported.logits, model(input_ids).logits)
 
 
 def test_device_map_offloads_to_disk(tmp_path):
@@ -185,7 +185,7 @@ def test_device_map_offloads_to_disk(tmp_path):
     )
     input_ids = random_ids(2, 7)
     with torch.no_grad():
-        torch.testing.assert_close(offloaded(input_ids).logits, model(input_ids).logits)
+        assert_close_logits(offloaded(input_ids).logits, model(input_ids).logits)
     assert model._no_split_modules == {"CoeDecoderLayer"}
 
 
