@@ -74,8 +74,9 @@ def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tenso
     return torch.randint(3, vocab_size, shape)
 
 
-def assert_close_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Logits of one function, computed twice in float32: kernels, threads, shapes and places in memory may differ.
+def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Logits or gradients of one function, computed twice in float32: kernels, threads, shapes and places in memory
+    may differ.
 
     Rounding moves a logit by some 1e-5 of the largest; another weight, token or expert moves one by 1e-2 or more.
     """

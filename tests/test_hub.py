@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .helpers import ROOT, assert_close_logits
+from .helpers import ROOT, assert_equal_up_to_rounding
 from .hub_server import TOKEN, HubServer, validate_metadata
 
 
@@ -126,7 +126,7 @@ def no_faults_left(server):
 def assert_same_model(actual: dict, expected: dict) -> None:
     """The weights bit for bit, and what another process computes with them."""
     assert actual["weights"] == expected["weights"]
-    assert_close_logits(torch.tensor(actual["logits"]), torch.tensor(expected["logits"]))
+    assert_equal_up_to_rounding(torch.tensor(actual["logits"]), torch.tensor(expected["logits"]))
 
 
 def assert_pulled(worker: Worker, pushed: dict, repo: str, **kwargs) -> dict:
