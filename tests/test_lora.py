@@ -148,9 +148,7 @@ def assert_survives_disk(model, folder: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    with (
-        torch.no_grad()
-    ):  # so large an adapter makes more of rounding, and of its scale far more
+    with torch.no_grad():  # so large an adapter makes more of rounding, and of its scale far more
         torch.testing.assert_close(loaded(input_ids).logits, model.eval()(input_ids).logits, atol=1e-2, rtol=0)
 
 
