@@ -77,7 +77,13 @@ def save_and_push(folder: str, repo: str, seed: int = 0) -> dict:
 def train_and_push(folder: str, repo: str, attach_card: bool = False) -> dict:
     model = build(0)
     arguments = transformers.TrainingArguments(
-        folder, max_steps=2, per_device_train_batch_size=2, hub_model_id=repo, report_to="none", disable_tqdm=True
+        folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        hub_model_id=repo,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     data = [{"input_ids": INPUT_IDS, "labels": INPUT_IDS}] * 4
     trainer = transformers.Trainer(model, arguments, train_dataset=data, processing_class=tokenizer())
