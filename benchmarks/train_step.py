@@ -176,6 +176,8 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
             pairs = [] if why else [(sample(name, False), sample(native_implementation, True)) for _ in range(repeats)]
         except RuntimeError as error:  # out of memory; a killed process is a `RuntimeError` too
             why = reason(error)
+        if why is None and min(size for pair in pairs for sizes in pair for size in sizes) <= 0:
+            why = "too small: Linux counts the pages of a process only roughly, the more so the more cores there are"
         if why is not None:
             bench.skipped[f"peak_memory, {CHAIN}, {name}"] = why
             continue

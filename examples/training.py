@@ -189,7 +189,7 @@ def save_and_reload(
     tokenizer.save_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
     difference = logit_difference(model, loaded)
-    if not difference < 1e-4:
+    if not difference < 1e-3:  # as large as rounding may be, and far less than a wrong weight
         raise RuntimeError(f"The model loaded from {folder} differs from the trained one by {difference} in a logit.")
     print(f"The model loaded from disk agrees with the trained one: logits differ by at most {difference:.1e}.")
     return loaded, AutoTokenizer.from_pretrained(folder)

@@ -33,6 +33,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory):
+    """What another run compiled, in the folder that all share, may be for another processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture
 def reference_folder() -> Path:
     if not REFERENCE.is_dir():

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401
 
-from .helpers import leave_process_group
+from .helpers import assert_equal_up_to_rounding, leave_process_group
 
 
 LAYOUTS = {
@@ -38,7 +38,7 @@ def compare(parallel, single, shares_batch: bool) -> None:
 
     with torch.no_grad():
         expected = single.eval()(mine).logits
-        torch.testing.assert_close(whole(parallel.eval()(mine).logits), expected, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(whole(parallel.eval()(mine).logits), expected)
 
     num_items = torch.tensor(input_ids[:, 1:].numel())
     losses = {}
@@ -51,13 +51,13 @@ def compare(parallel, single, shares_batch: bool) -> None:
     if not shares_batch:
         dist.all_reduce(losses["parallel"], op=dist.ReduceOp.SUM)
         losses["parallel"] /= dist.get_world_size()
-    torch.testing.assert_close(losses["parallel"], losses["single"], atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(losses["parallel"], losses["single"])
 
     expected, actual = whole_gradients(single), whole_gradients(parallel)
     assert expected.keys() == actual.keys() == dict(single.named_parameters()).keys()
     for name in expected:
         torch.testing.assert_close(
-            actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name], expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -4,6 +4,7 @@ Reads steps from its input, one JSON object a line, `{"step": name, ...arguments
 answers with one line, its result or its error. With `--without-package` this project cannot be imported.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -29,9 +30,14 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def logits(model: PreTrainedModel) -> list:
+def facts_of(model: PreTrainedModel) -> dict:
+    """A hash of names and tensors, and logits."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.numpy().tobytes())
     with torch.no_grad():
-        return model.eval()(torch.tensor([INPUT_IDS])).logits.tolist()
+        logits = model.eval()(torch.tensor([INPUT_IDS])).logits.tolist()
+    return {"weights": weights.hexdigest(), "logits": logits}
 
 
 def build(seed: int) -> PreTrainedModel:
@@ -51,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def push(repo: str, seed: int = 0, **kwargs) -> dict:
     model = build(seed)
-    return {"oid": model.push_to_hub(repo, **kwargs).oid, "logits": logits(model)}
+    return {"oid": model.push_to_hub(repo, **kwargs).oid, **facts_of(model)}
 
 
 def push_tokenizer(repo: str) -> dict:
@@ -71,7 +77,13 @@ def save_and_push(folder: str, repo: str, seed: int = 0) -> dict:
 def train_and_push(folder: str, repo: str, attach_card: bool = False) -> dict:
     model = build(0)
     arguments = transformers.TrainingArguments(
-        folder, max_steps=2, per_device_train_batch_size=2, hub_model_id=repo, report_to="none", disable_tqdm=True
+        folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        hub_model_id=repo,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     data = [{"input_ids": INPUT_IDS, "labels": INPUT_IDS}] * 4
     trainer = transformers.Trainer(model, arguments, train_dataset=data, processing_class=tokenizer())
@@ -80,7 +92,7 @@ def train_and_push(folder: str, repo: str, attach_card: bool = False) -> dict:
 
         model_cards.attach(trainer, license="apache-2.0")
     trainer.train()
-    return {"oid": trainer.push_to_hub().oid, "logits": logits(model)}
+    return {"oid": trainer.push_to_hub().oid, **facts_of(model)}
 
 
 def push_adapter(repo: str, base: str) -> dict:
@@ -94,7 +106,7 @@ def push_adapter(repo: str, base: str) -> dict:
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    return {"oid": model.push_to_hub(repo).oid, "logits": logits(model)}
+    return {"oid": model.push_to_hub(repo).oid, **facts_of(model)}
 
 
 def pull(repo: str, adapter: str | None = None, **kwargs) -> dict:
@@ -108,7 +120,7 @@ def pull(repo: str, adapter: str | None = None, **kwargs) -> dict:
         import peft
 
         model = peft.PeftModel.from_pretrained(model, adapter)
-    return {**answer, "logits": logits(model)}
+    return {**answer, **facts_of(model)}
 
 
 def pull_tokenizer(repo: str) -> dict:
@@ -127,7 +139,7 @@ def run_snippets(repo: str) -> dict:
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    return {"blocks": len(blocks), "logits": logits(names["model"])}
+    return {"blocks": len(blocks), **facts_of(names["model"])}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from modeling_coe import CoeForCausalLM
 from modeling_coe.attention import CoeAttention
 from modeling_coe.releases import CACHE
 
-from .helpers import TINY, random_ids, tiny_config, tiny_model
+from .helpers import TINY, assert_equal_up_to_rounding, random_ids, tiny_config, tiny_model
 
 
 LENGTH, STATIC_LENGTH = 14, 18
@@ -298,10 +298,10 @@ class TestAbsorbs:
 
         adapted = decode()
         with torch.no_grad():
-            torch.testing.assert_close(adapted, model(input_ids).logits[:, -1:], atol=1e-5, rtol=1e-4)
+            assert_equal_up_to_rounding(adapted, model(input_ids).logits[:, -1:])
         assert not absorbed
         model.model.layers[0].self_attn.kv_b_proj.merge()
-        torch.testing.assert_close(decode(), adapted, atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(decode(), adapted)
 
     def test_dropout_in_training_mode(self, absorbed):
         """As in Monte Carlo dropout, which samples without gradient."""
@@ -421,7 +421,7 @@ class TestModel:
             with torch.no_grad():
                 steps = [each(step, **{CACHE: past}).logits for step in input_ids.split(1, dim=1)]
             logits.append(torch.cat(steps, dim=1))
-        torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(*logits)
         assert absorbed
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -435,7 +435,7 @@ class TestModel:
             expected = model(input_ids).logits
             model(input_ids[:, :5], **{CACHE: cache})
             steps = [compiled(step, **{CACHE: cache}).logits for step in input_ids[:, 5:].split(1, dim=1)]
-        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, 5:], atol=1e-5, rtol=1e-4)
+        assert_equal_up_to_rounding(torch.cat(steps, dim=1), expected[:, 5:])
 
     @torch.no_grad()
     def test_export_with_sequences_of_any_length(self):

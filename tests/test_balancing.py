@@ -255,7 +255,7 @@ def test_checkpointing_leaves_all_gradients_as_they_are():
     actual = gradients(model, [(input_ids, input_ids)])
     assert expected.keys() == actual.keys()
     for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4)
     routers = [name for name in expected if ".gate." in name]
     assert len(routers) == 4 and all(expected[name].any() for name in routers)
 

@@ -413,8 +413,8 @@ def test_other_backbones_are_no_official_models(chains, tmp_path):
 # ------------------------------------------------------------------------------------------- what is written
 
 
-def test_result_is_complete(sources, tmp_path):
-    source, out = sources("qwen3_moe"), tmp_path / "out"
+def test_result_is_complete(copied, tmp_path):
+    source, out = copied("qwen3_moe"), tmp_path / "out"
     (source / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\nlanguage: [en]\n---\n# Source\n")
     report = convert(source, out, verify_tokens=24, max_shard_size="30KB")
     assert json.loads((out / "conversion_report.json").read_text()) == json.loads(json.dumps(report))
@@ -446,7 +446,7 @@ def test_result_is_complete(sources, tmp_path):
     assert tensors["source"] == len(stored(source)) == tensors["used"] + len(tensors["dropped"])
     assert tensors["written"] == len(stored(out))
     assert tensors["created"] == [f"model.layers.{i}.iteration_scale" for i in range(2)]
-    assert not [file for file in tmp_path.iterdir() if file != out]
+    assert set(tmp_path.iterdir()) == {source, out}
 
 
 def test_result_loads_without_this_package(sources, tmp_path):

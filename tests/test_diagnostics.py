@@ -26,7 +26,15 @@ from modeling_coe.releases import CHECKPOINTING
 from modeling_coe.routing_cli import main
 
 from .diagnostics_worker import MIXED, trainer
-from .helpers import RESIDUAL_FLAGS, enable_checkpointing, random_ids, tiny_config, tiny_model, torchrun
+from .helpers import (
+    RESIDUAL_FLAGS,
+    assert_equal_up_to_rounding,
+    enable_checkpointing,
+    random_ids,
+    tiny_config,
+    tiny_model,
+    torchrun,
+)
 
 
 # ---- The same by plain counting -------------------------------------------------------------------------------------
@@ -112,7 +120,7 @@ def assert_same(actual, expected, where: str = "summary") -> None:
         for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
             assert_same(a, e, f"{where}[{position}]")
     else:
-        assert actual == (None if expected is None else pytest.approx(expected, abs=1e-6)), where
+        assert actual == (None if expected is None else pytest.approx(expected, abs=1e-5)), where
 
 
 def as_call(output, mask=None) -> tuple:
@@ -243,7 +251,7 @@ def test_recording_counts_what_the_model_chooses(options):
         for batch in batches:
             output = model(**batch, output_router_logits=True)
             calls.append(as_call(output, batch.get("attention_mask")))
-    assert torch.equal(output.logits, plain.logits)
+    assert_equal_up_to_rounding(output.logits, plain.logits)
     assert statistics.tokens == 13 + 8
     assert_same(statistics.summary(), naive_summary(model.config, calls))
     if options.get("upcycling") == "split":

@@ -12,8 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
-from .helpers import ROOT
+from .helpers import ROOT, assert_equal_up_to_rounding
 from .hub_server import TOKEN, HubServer, validate_metadata
 
 
@@ -122,9 +123,15 @@ def no_faults_left(server):
     server.faults.clear()
 
 
-def assert_pulled(worker: Worker, logits: list, repo: str, **kwargs) -> dict:
+def assert_same_model(actual: dict, expected: dict) -> None:
+    """The weights bit for bit, and what another process computes with them."""
+    assert actual["weights"] == expected["weights"]
+    assert_equal_up_to_rounding(torch.tensor(actual["logits"]), torch.tensor(expected["logits"]))
+
+
+def assert_pulled(worker: Worker, pushed: dict, repo: str, **kwargs) -> dict:
     answer = worker("pull", repo=repo, **kwargs)
-    assert answer["logits"] == logits
+    assert_same_model(answer, pushed)
     return answer
 
 
@@ -145,8 +152,8 @@ def test_model_round_trip(server, pusher, puller, stranger, layout, mode):
     assert all(stored.files[name].is_lfs == (mode == "lfs") for name in weights)
     assert any(f"PUT /{repo}/" in request for request in server.requests) == (mode == "lfs")
 
-    here = assert_pulled(puller, pushed["logits"], repo)
-    there = assert_pulled(stranger, pushed["logits"], repo)
+    here = assert_pulled(puller, pushed, repo)
+    there = assert_pulled(stranger, pushed, repo)
     assert here["revision"] == there["revision"] == pushed["oid"]
     assert here["module"] == "modeling_coe.modeling_coe"
     assert there["module"].startswith("transformers_modules")
@@ -166,7 +173,7 @@ def test_trainer_pushes_model_tokenizer_and_card(server, pusher, puller, strange
     assert {"training_args.bin", "tokenizer.json", "model.safetensors"} | CODE <= files.keys()
     assert "generated_from_trainer" in files["README.md"].content.decode()
     for worker in (puller, stranger):
-        assert_pulled(worker, pushed["logits"], "tester/trained")
+        assert_pulled(worker, pushed, "tester/trained")
         answer = worker("pull_tokenizer", repo="tester/trained")
         assert answer == {"input_ids": [3, 9, 5, 0, 7], "eos": "</s>"}
 
@@ -175,12 +182,12 @@ def test_adapter_round_trip(server, pusher, puller, stranger):
     pytest.importorskip("peft")
     base = pusher("push", repo="tester/base")
     pushed = pusher("push_adapter", repo="tester/adapter", base="tester/base")
-    assert pushed["logits"] != base["logits"]
+    assert (torch.tensor(pushed["logits"]) - torch.tensor(base["logits"])).abs().max() > 0.1
     files = server.repos["tester/adapter"].files
     assert json.loads(files["adapter_config.json"].content)["base_model_name_or_path"] == "tester/base"
     assert len(files["adapter_model.safetensors"].content) > 0 and "model.safetensors" not in files
     for worker in (puller, stranger):
-        assert_pulled(worker, pushed["logits"], "tester/base", adapter="tester/adapter")
+        assert_pulled(worker, pushed, "tester/base", adapter="tester/adapter")
 
 
 def test_revisions_stay_readable(server, pusher, puller):
@@ -190,7 +197,7 @@ def test_revisions_stay_readable(server, pusher, puller):
     assert len({first["oid"], second["oid"], branch["oid"]}) == 3
     assert server.repos["tester/revisions"].branches == {"main": second["oid"], "experiment": branch["oid"]}
     for revision, pushed in ((first["oid"], first), ("main", second), ("experiment", branch)):
-        answer = assert_pulled(puller, pushed["logits"], "tester/revisions", revision=revision)
+        answer = assert_pulled(puller, pushed, "tester/revisions", revision=revision)
         assert answer["revision"] == pushed["oid"]
 
 
@@ -205,11 +212,11 @@ def test_broken_push_leaves_the_old_revision(server, pusher, puller, kind):
     assert {"RemoteProtocolError", "NetworkError", "RuntimeError"} & set(failure.value.kinds)
     assert server.faults[kind] == []
     assert server.repos[repo].head == old["oid"]
-    assert assert_pulled(puller, old["logits"], repo)["revision"] == old["oid"]
+    assert assert_pulled(puller, old, repo)["revision"] == old["oid"]
 
     new = pusher("push", repo=repo, seed=1)
     assert new["oid"] == server.repos[repo].head != old["oid"]
-    assert_pulled(puller, new["logits"], repo)
+    assert_pulled(puller, new, repo)
 
 
 def test_upload_that_breaks_once_is_repeated(server, pusher):
@@ -227,10 +234,10 @@ def test_broken_push_of_save_pretrained_leaves_a_whole_folder(server, pusher, pu
         pusher("save_and_push", folder=str(folder), repo=repo, seed=1)
     assert server.repos[repo].head == old["oid"]
     assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
-    assert_pulled(puller, new["logits"], str(folder))
+    assert_pulled(puller, new, str(folder))
 
     pusher("save_and_push", folder=str(folder), repo=repo, seed=1)
-    assert_pulled(puller, new["logits"], repo)
+    assert_pulled(puller, new, repo)
 
 
 def test_what_is_missing_is_named(server, pusher, puller):
@@ -271,7 +278,8 @@ def test_pushed_card_describes_the_model_and_its_snippets_run(server, pusher, pu
     assert card.count("# described\n") == 1 and "Chain-of-Experts" in card and "[More Information Needed]" not in card
     for worker in (puller, stranger):
         answer = worker("run_snippets", repo=repo)
-        assert answer == {"blocks": 2, "logits": pushed["logits"]}
+        assert answer["blocks"] == 2
+        assert_same_model(answer, pushed)
 
 
 def test_card_of_the_trainer_is_extended(server, pusher, tmp_path):

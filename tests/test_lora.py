@@ -12,7 +12,15 @@ import torch
 from modeling_coe import CoeConfig, CoeForSequenceClassification
 from modeling_coe.lora import lora_config
 
-from .helpers import EXPERTS_BACKENDS, ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
+from .helpers import (
+    EXPERTS_BACKENDS,
+    ROOT,
+    assert_equal_up_to_rounding,
+    enable_checkpointing,
+    random_ids,
+    tiny_config,
+    tiny_model,
+)
 
 
 peft = pytest.importorskip("peft")
@@ -110,7 +118,7 @@ def test_a_new_adapter_changes_nothing():
     model = adapted(**EVERYTHING, init_lora_weights=True).eval()
     input_ids = random_ids(2, 9)
     expected = tiny_model(num_hidden_layers=3, first_k_dense_replace=1)(input_ids).logits
-    torch.testing.assert_close(model(input_ids).logits, expected)
+    assert_equal_up_to_rounding(model(input_ids).logits, expected)
 
 
 def test_a_learned_scale_is_not_adapted():
@@ -147,8 +155,10 @@ def assert_survives_disk(model, folder: Path) -> None:
     model.save_pretrained(folder / "adapter")
     base = tiny_model(num_hidden_layers=3, first_k_dense_replace=1)
     loaded = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids).logits, model.eval()(input_ids).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with torch.no_grad():  # so large an adapter makes more of rounding, and of its scale far more
+        torch.testing.assert_close(loaded(input_ids).logits, model.eval()(input_ids).logits, atol=1e-2, rtol=0)
 
 
 FRESH_PROCESS = """
@@ -181,9 +191,9 @@ def test_a_fresh_process_computes_the_same(tmp_path):
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, *models], env=environment, check=True)
     for folder, model in models.items():
         logits = torch.load(folder / "logits.pt")
-        torch.testing.assert_close(logits["adapted"], model(input_ids).logits)
+        assert_equal_up_to_rounding(logits["adapted"], model(input_ids).logits)
         with model.disable_adapter():
-            torch.testing.assert_close(logits["plain"], model(input_ids).logits)
+            assert_equal_up_to_rounding(logits["plain"], model(input_ids).logits)
         assert (logits["adapted"] - logits["plain"]).abs().max() > 0.1
 
 
@@ -198,16 +208,16 @@ def test_merge_and_unload(use_igate):
     assert (plain(input_ids).logits - expected).abs().max() > 0.1
 
     model.merge_adapter()
-    assert (model(input_ids).logits - expected).abs().max() < 1e-5
+    assert_equal_up_to_rounding(model(input_ids).logits, expected)
     model.unmerge_adapter()
-    torch.testing.assert_close(model(input_ids).logits, expected, atol=1e-5, rtol=0)
+    assert_equal_up_to_rounding(model(input_ids).logits, expected)
 
     merged = model.merge_and_unload()
-    assert (merged(input_ids).logits - expected).abs().max() < 1e-5
+    assert_equal_up_to_rounding(merged(input_ids).logits, expected)
     assert merged.state_dict().keys() == plain.state_dict().keys()
 
     unloaded = adapted(overrides, **EVERYTHING).eval().unload()
-    torch.testing.assert_close(unloaded(input_ids).logits, plain(input_ids).logits)
+    assert_equal_up_to_rounding(unloaded(input_ids).logits, plain(input_ids).logits)
 
 
 @torch.no_grad()
@@ -226,14 +236,14 @@ def test_two_adapters_on_one_base(tmp_path):
     model.load_adapter(tmp_path / "1", "second")
     for name, logits in (("second", expected[1]), ("first", expected[0])):
         model.set_adapter(name)
-        torch.testing.assert_close(model(input_ids).logits, logits)
+        assert_equal_up_to_rounding(model(input_ids).logits, logits)
 
     from peft.utils.hotswap import hotswap_adapter
 
     model.delete_adapter("second")
     modules = len(list(model.modules()))
     hotswap_adapter(model, str(tmp_path / "1"), adapter_name="first")
-    torch.testing.assert_close(model(input_ids).logits, expected[1])
+    assert_equal_up_to_rounding(model(input_ids).logits, expected[1])
     assert len(list(model.modules())) == modules
 
 
@@ -253,7 +263,7 @@ def test_gradients_are_those_of_the_weights(backend, mode):
     merged = adapted({"inner_iter": 3}, **{**NOTHING, "experts": True}).merge_and_unload().train()
     merged.requires_grad_(True)
     expected = merged(input_ids, labels=input_ids)
-    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-4)
+    assert_equal_up_to_rounding(output.logits, expected.logits)
     if mode == "frozen":
         return
     output.loss.backward()
@@ -267,8 +277,8 @@ def test_gradients_are_those_of_the_weights(backend, mode):
             by_expert = a.view(experts, 3, -1), b.view(len(b), 3, experts)
             expected_a = scaling * torch.einsum("ore,eoi->eri", by_expert[1], gradient).flatten(0, 1)
             expected_b = scaling * torch.einsum("eoi,eri->ore", gradient, by_expert[0]).flatten(1)
-            torch.testing.assert_close(a.grad, expected_a, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(b.grad, expected_b, atol=1e-5, rtol=1e-4)
+            assert_equal_up_to_rounding(a.grad, expected_a)
+            assert_equal_up_to_rounding(b.grad, expected_b)
             wrapper = wrapper.base_layer
 
 
@@ -362,8 +372,8 @@ def test_adapters_that_are_off_merged_or_several():
     first = model(input_ids).logits
     with model.disable_adapter():
         plain = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **overrides)(input_ids).logits
-        torch.testing.assert_close(model(input_ids).logits, plain)
-    torch.testing.assert_close(model(input_ids).logits, first)
+        assert_equal_up_to_rounding(model(input_ids).logits, plain)
+    assert_equal_up_to_rounding(model(input_ids).logits, first)
 
     torch.manual_seed(5)
     base = model.get_base_model()
@@ -371,11 +381,11 @@ def test_adapters_that_are_off_merged_or_several():
     model.base_model.set_adapter(["default", "second"])
     both = model(input_ids).logits
     model.merge_adapter(["default"])  # the other one is left out then, as PEFT does it
-    torch.testing.assert_close(model(input_ids).logits, first, atol=1e-4, rtol=1e-4)
+    assert_equal_up_to_rounding(model(input_ids).logits, first)
     model.unmerge_adapter()
-    torch.testing.assert_close(model(input_ids).logits, both, atol=1e-4, rtol=1e-4)
+    assert_equal_up_to_rounding(model(input_ids).logits, both)
     model.merge_adapter(["default", "second"])
-    torch.testing.assert_close(model(input_ids).logits, both, atol=1e-4, rtol=1e-4)
+    assert_equal_up_to_rounding(model(input_ids).logits, both)
 
 
 def test_an_error_in_the_chain_leaves_the_weights_as_they_were(monkeypatch):
@@ -387,7 +397,7 @@ def test_an_error_in_the_chain_leaves_the_weights_as_they_were(monkeypatch):
         patch.setattr(layer, "next_input", lambda *_: 1 / 0)
         model(input_ids)
     assert not hasattr(layer.mlp.experts.get_base_layer(), "parametrizations")
-    torch.testing.assert_close(model(input_ids).logits, expected)
+    assert_equal_up_to_rounding(model(input_ids).logits, expected)
 
 
 def test_training_goes_on_under_checkpointing():

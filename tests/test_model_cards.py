@@ -18,7 +18,14 @@ import model_cards
 from configuration_coe import CoeConfig
 from modeling_coe import CoeForSequenceClassification
 
-from .helpers import RESIDUAL_FLAGS, peft_of_transformers, random_ids, tiny_config, tiny_model
+from .helpers import (
+    RESIDUAL_FLAGS,
+    assert_equal_up_to_rounding,
+    peft_of_transformers,
+    random_ids,
+    tiny_config,
+    tiny_model,
+)
 from .hub_server import validate_metadata
 
 
@@ -203,7 +210,7 @@ def test_snippets_run(tmp_path, monkeypatch):
     assert len(snippets(card)) == 2
     input_ids = random_ids(1, 9)
     with torch.no_grad():
-        assert torch.equal(names["model"](input_ids).logits, model(input_ids).logits)
+        assert_equal_up_to_rounding(names["model"](input_ids).logits, model(input_ids).logits)
 
 
 def test_snippet_of_an_adapter_runs(tmp_path, monkeypatch):
@@ -223,7 +230,7 @@ def test_snippet_of_an_adapter_runs(tmp_path, monkeypatch):
     exec(next(snippet for snippet in snippets(card) if "AutoPeftModel" in snippet), names)
     input_ids = random_ids(1, 9)
     with torch.no_grad():
-        assert torch.equal(names["model"](input_ids).logits, adapted(input_ids).logits)
+        assert_equal_up_to_rounding(names["model"](input_ids).logits, adapted(input_ids).logits)
 
 
 class TestExistingCards:
@@ -236,7 +243,7 @@ class TestExistingCards:
         assert path.read_bytes() == first and path.stat().st_mtime_ns == modified
         assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
-    @settings(deadline=None, max_examples=25)
+    @settings(deadline=None, max_examples=25, derandomize=True)
     @given(
         before=st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40),
         after=st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=40),

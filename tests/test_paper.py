@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from benchmarks.paper import analysis, report, results, run, variants, worker
 from benchmarks.paper.analysis import CANNOT_TELL, DOES_NOT, HOLDS, MISSING, Estimate, Evidence
@@ -486,11 +487,12 @@ class TestReport:
 @pytest.fixture(scope="module")
 def few_texts():
     """Makes tokenizers from few texts, on one thread."""
-    threads = torch.get_num_threads()
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
         yield
     torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
 
 
 class TestWorker:

@@ -64,7 +64,7 @@ def test_logits_and_routing(case, backend):
     with torch.no_grad():
         model(expected["input_ids"])
     weights = torch.stack(weights).view_as(indices).gather(-1, order)
-    torch.testing.assert_close(weights, expected["routing.weights"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(weights, expected["routing.weights"], atol=1e-4, rtol=0)
 
 
 def test_left_padding(case, backend):

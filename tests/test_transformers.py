@@ -16,7 +16,15 @@ from modeling_coe import (
     CoeModel,
 )
 
-from .helpers import EXPERTS_BACKENDS, RESIDUAL_FLAGS, TINY, random_ids, tiny_config, tiny_model
+from .helpers import (
+    EXPERTS_BACKENDS,
+    RESIDUAL_FLAGS,
+    TINY,
+    assert_equal_up_to_rounding,
+    random_ids,
+    tiny_config,
+    tiny_model,
+)
 
 
 ALL_CLASSES = (
@@ -75,14 +83,14 @@ def test_tuple_and_dictionary_outputs_agree(any_model):
     assert isinstance(as_tuple, tuple)
     for one, other in zip(as_tuple, as_dictionary.to_tuple(), strict=True):
         if isinstance(one, torch.Tensor):
-            assert torch.equal(one, other)
+            assert_equal_up_to_rounding(one, other)
 
 
 def test_inputs_embeds(any_model):
     input_ids = random_ids(1, 7)
     embeddings = any_model.get_input_embeddings()(input_ids)
     with torch.no_grad():
-        assert torch.equal(any_model(inputs_embeds=embeddings)[0], any_model(input_ids)[0])
+        assert_equal_up_to_rounding(any_model(inputs_embeds=embeddings)[0], any_model(input_ids)[0])
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         any_model(input_ids, inputs_embeds=embeddings)
 
@@ -96,11 +104,11 @@ def test_resizing_the_vocabulary(tied, tmp_path):
         model.resize_token_embeddings(120)
         after = model(input_ids).logits
     assert after.shape[-1] == model.config.vocab_size == 120
-    torch.testing.assert_close(after[..., :99], before)
+    assert_equal_up_to_rounding(after[..., :99], before)
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, after)
+        assert_equal_up_to_rounding(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, after)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 12])
@@ -114,8 +122,8 @@ def test_attention_backends_agree(q_lora_rank):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             logits[attention] = model(input_ids, attention_mask=mask).logits[mask.bool()]
-    torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(logits["flex_attention"], logits["eager"], atol=1e-5, rtol=1e-4)
+    assert_equal_up_to_rounding(logits["sdpa"], logits["eager"])
+    assert_equal_up_to_rounding(logits["flex_attention"], logits["eager"])
 
 
 @pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
@@ -131,18 +139,21 @@ def test_experts_backends_agree(rule):
         results[backend] = [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
     for backend in EXPERTS_BACKENDS[1:]:
         for actual, expected in zip(results[backend], results["eager"], strict=True):
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-3)
+            assert_equal_up_to_rounding(actual, expected)
 
 
 @pytest.mark.parametrize("backend", EXPERTS_BACKENDS)
 def test_training_is_deterministic(backend):
-    gradients = []
+    gradients, threads = [], torch.get_num_threads()
+    if backend == "batched_mm":  # torch's threads add up the gradients of weights that were gathered in any order
+        torch.set_num_threads(1)
     for _ in range(2):
         model = tiny_model().train()
         model.set_experts_implementation(backend)
         input_ids = random_ids(2, 9)
         model(input_ids, labels=input_ids).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
@@ -174,7 +185,7 @@ def test_torch_export(backend):
     with torch.no_grad():
         program = torch.export.export(model, (), {"input_ids": input_ids, "use_cache": False}, strict=False)
         exported = program.module()(input_ids=input_ids, use_cache=False)
-        torch.testing.assert_close(exported.logits, model(input_ids).logits)
+        assert_equal_up_to_rounding(exported.logits, model(input_ids).logits)
 
 
 def test_device_map_offloads_to_disk(tmp_path):
@@ -187,7 +198,7 @@ def test_device_map_offloads_to_disk(tmp_path):
     )
     input_ids = random_ids(2, 7)
     with torch.no_grad():
-        torch.testing.assert_close(offloaded(input_ids).logits, model(input_ids).logits)
+        assert_equal_up_to_rounding(offloaded(input_ids).logits, model(input_ids).logits)
     assert model._no_split_modules == {"CoeDecoderLayer"}
 
 
