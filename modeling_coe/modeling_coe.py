@@ -312,7 +312,7 @@ AUTO_MAP = {
 class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     config: CoeConfig
     _no_split_modules = ["CoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = [r"\.mlp\.gate\."]  # routers and their selection biases
+    _keep_in_fp32_modules_strict = [r"mlp\.gate\b"]  # routers and their selection biases
     _can_record_outputs = {
         "hidden_states": CoeDecoderLayer,
         "attentions": [backbone.attention for backbone in BACKBONES.values()],

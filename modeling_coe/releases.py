@@ -21,26 +21,21 @@ from dataclasses import fields
 import torch
 from transformers import modeling_utils
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 # 5.24 calls the key-value cache `cache`, in arguments and in outputs; before, it was `past_key_values`.
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 
 
-def takes_cache(forward: Callable) -> Callable:
-    """Decorates a `forward` that is written with an argument `cache`, so that either name can be passed by keyword in
-    every release. Its signature has the name of this release, which is where `generate` and the documentation look.
-
-    Raises:
-        ValueError: When it is called with both names.
-    """
+def _takes_cache(forward: Callable) -> Callable:
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
     def forward_with_cache(*args, **kwargs):
-        if (cache := kwargs.pop("past_key_values", None)) is not None:
+        if (cache := kwargs.pop(CACHE, None)) is not None:
             if kwargs.get("cache") is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument. Pass one of them.")
+                raise ValueError(f"`cache` and `{CACHE}` are two names of one argument. Pass one of them.")
             kwargs["cache"] = cache
         return forward(*args, **kwargs)
 
@@ -48,8 +43,14 @@ def takes_cache(forward: Callable) -> Callable:
         parameter.replace(name=CACHE) if parameter.name == "cache" else parameter
         for parameter in signature.parameters.values()
     ]
+    # `generate` and the generated documentation look there.
     forward_with_cache.__signature__ = signature.replace(parameters=parameters)
     return forward_with_cache
+
+
+# Decorates a `forward` that is written with an argument `cache`: it can be called by either name in every release, and
+# its signature shows that of this one. The older name is deprecated from 5.24 on, as in transformers' own models.
+takes_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if CACHE == "cache" else _takes_cache
 
 
 def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
