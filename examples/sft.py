@@ -61,6 +61,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeConfig
+from modeling_coe.callbacks import CpuKernelsCallback
 
 
 # The prompt on a line of its own, then the answer and the end.
@@ -148,7 +149,7 @@ def train(
         train_dataset=conversations,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[stopwatch],
+        callbacks=[stopwatch, CpuKernelsCallback()],
     )
     trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
     check_lengths(args, held_out, {"train": trainer.train_dataset, **trainer.eval_dataset})

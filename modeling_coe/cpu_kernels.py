@@ -37,16 +37,18 @@ Shapes: N experts, R rows sorted by expert.
 
 import argparse
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 
 VARIABLE = "COE_CPU_KERNEL"
@@ -329,3 +331,72 @@ def _example(product: Product) -> Callable[[str], torch.Tensor]:
     right = tensor(len(left), width)
     out = tensor(num_experts, height, width) if product.kind == "weight gradient in place" else None
     return lambda kernel: _grouped_outer_product(kernel, left, right, counts, out)
+
+
+# ---- Doctor ---------------------------------------------------------------------------------------------------------
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def layer_products(hidden_size: int, expert_width: int, load: float, dtype: torch.dtype) -> Iterator[Product]:
+    """The products of a layer's experts, forward and backward, with `load` rows per expert."""
+    gate_up, down = (hidden_size, 2 * expert_width), (expert_width, hidden_size)
+    for height, width in (gate_up, down):
+        yield Product.of("output", dtype, height, width, load)
+    for height, width in (gate_up, down):
+        yield Product.of("input gradient", dtype, width, height, load)
+    for kind in KINDS[2:]:
+        for height, width in (gate_up, down):
+            yield Product.of(kind, dtype, width, height, load)
+
+
+def _doctor(argv: list[str] | None = None) -> int:
+    """Measures the products of a layer, and prints what each kernel takes, which one is chosen and why others cannot
+    run."""
+    parser = argparse.ArgumentParser(prog="python -m modeling_coe.cpu_kernels", description=_doctor.__doc__)
+    parser.add_argument("model", nargs="?", help="folder of a model whose widths and dtype are taken")
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--expert-width", type=int, default=352, help="moe_intermediate_size")
+    parser.add_argument("--rows", type=float, nargs="+", default=[1, 16, 64], help="per expert, on average")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    hidden_size, expert_width, dtype = args.hidden_size, args.expert_width, getattr(torch, args.dtype)
+    if args.model is not None:
+        config = AutoConfig.from_pretrained(args.model)
+        hidden_size, expert_width = config.hidden_size, config.moe_intermediate_size
+        dtype = config.dtype or dtype
+    if min(hidden_size, expert_width, *args.rows, args.threads) <= 0:
+        parser.error("widths, rows and threads must be more than 0.")
+    torch.set_num_threads(args.threads)
+    print(f"processor: {_processor()}")
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads: {args.threads}")
+    print(f"{VARIABLE}: {os.environ.get(VARIABLE, 'auto')}")
+    print(f"hidden size {hidden_size}, expert width {expert_width}\n")
+    products = [product for load in args.rows for product in layer_products(hidden_size, expert_width, load, dtype)]
+    print(f"{'microseconds of a small product':64}" + "".join(f"{kernel:>12}" for kernel in KERNELS) + "  chosen")
+    reasons = {}
+    for product in dict.fromkeys(products):
+        outcome = measure(product)
+        if os.environ.get(VARIABLE, "auto") == "auto":
+            use({str(product): _fastest(outcome)})
+        # The time is 0 where there is no other kernel to compare with.
+        cells = (f"{1e6 * result:.0f}" if isinstance(result, float) and result else "-" for result in outcome.values())
+        print(f"{product!s:64}" + "".join(f"{cell:>12}" for cell in cells) + f"  {kernel_for(product)}")
+        for kernel, result in outcome.items():
+            if isinstance(result, str):
+                reasons.setdefault(f"{kernel}: {result}", []).append(product.kind)
+    for why, kinds in reasons.items():
+        print(f"- {why} ({', '.join(dict.fromkeys(kinds))})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_doctor())

@@ -22,7 +22,6 @@ Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R row
 """
 
 import functools
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -37,7 +36,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
 from transformers.utils.generic import maybe_autocast
 
-from .cpu_kernels import grouped_outer_product, grouped_product
+
+_SMALL_BYTES = 2**25  # as much memory may be taken twice
+_CACHED_BYTES = 2**21  # what a core's caches hold on most processors
 
 
 def grouped_mm_experts_forward(
@@ -157,6 +158,24 @@ class _Rows(NamedTuple):
         return _blocks(self.counts, gate_up_proj.shape[1] * gate_up_proj.itemsize)
 
 
+def grouped_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_product`]."""
+    return _kernels()[0](*args)
+
+
+def grouped_outer_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_outer_product`]."""
+    return _kernels()[1](*args)
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    # Imported by the first call, so that `python -m modeling_coe.cpu_kernels` runs a module not imported before.
+    from .cpu_kernels import grouped_outer_product, grouped_product
+
+    return grouped_product, grouped_outer_product
+
+
 def _first_order(backward: Callable) -> Callable:
     """Marks the backward of an autograd function that has no backward of its own, and that autocast leaves alone."""
 
@@ -197,13 +216,13 @@ class _GroupedExperts(torch.autograd.Function):
     @_first_order
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, top_k_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
-        rows, gate_up = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
+        rows, blocks = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
         grad_output = grad_output.to(tokens.dtype)
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
         grad_row_weights = torch.empty_like(row_weights)
         grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])
         inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # the input of the down projection
-        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), gate_up, strict=True):
+        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
             gate, up = gate_up.chunk(2, dim=-1)
             with torch.enable_grad():
                 gate = gate.detach().requires_grad_()
@@ -260,8 +279,8 @@ def _without_gradient(
 
 
 def _sum_rows(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums the rows (R, H) of each token's choices, `slot` (T, K), by their `weights` (T, K): (T, H), in float32 or the
-    widest dtype of both."""
+    """Sums the rows (R, H) of each token's choices, `slot` (T, K), with their `weights` (T, K): (T, H), in float32 or
+    the wider dtype of the two."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     if weights is not None:
         dtype = torch.promote_types(dtype, weights.dtype)
@@ -392,11 +411,11 @@ def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool
         by_row, by_token = (side[0] if len(side) == 1 else _interleave(side, sizes) for side in sides)
         return (by_row, by_token) if rows_first else (by_token, by_row)
 
-    if like.nbytes + load * len(counts) * row_bytes < _KEPT_BYTES:
+    if like.nbytes + load * len(counts) * row_bytes < _SMALL_BYTES:
         return grouped_outer_product(*both_sides(slice(0, len(counts))), counts, load)
-    out = _empty_in_huge_pages(like)
+    out = torch.empty(like.shape, dtype=like.dtype)
     for experts, _ in _blocks(counts, row_bytes):
-        grouped_outer_product(*both_sides(experts), counts[experts], load, out=out[experts])
+        grouped_outer_product(*both_sides(experts), counts[experts], load, out[experts])
     return out
 
 
@@ -413,32 +432,8 @@ def _blocks(counts: torch.Tensor, row_bytes: int) -> Iterator[tuple[slice, slice
         yield slice(0, len(sizes)), slice(0, sum(sizes))
         return
     for expert, count in enumerate(sizes):
-        if end > start and (end + count - start) * row_bytes > _CACHED_BYTES:
+        if count and end > start and (end + count - start) * row_bytes > _CACHED_BYTES:
             yield slice(first, expert), slice(start, end)
             first, start = expert, end
         end += count
     yield slice(first, len(sizes)), slice(start, end)
-
-
-_CACHED_BYTES = 2**21
-
-
-def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor of the shape and dtype of another, in pages of 2 MiB where the system has them.
-
-    Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
-    costs nearly as much as computing what goes in.
-    """
-    if like.nbytes < _KEPT_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(like.shape, dtype=like.dtype)
-    memory = mmap.mmap(-1, like.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return torch.empty(like.shape, dtype=like.dtype)
-    address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % _HUGE_PAGE).view_as(like)
-
-
-_HUGE_PAGE = 2**21
-_KEPT_BYTES = 2**25  # what is smaller comes from memory that malloc keeps, touched before

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import mmap
 import pickle
 import weakref
 from typing import NamedTuple
@@ -248,6 +247,22 @@ class TestAgainstTheLoop:
             output = sum(experts(*call).sum() for call in calls)
         assert_close(torch.autograd.grad(output, experts.parameters()), expected, 1e-10)
 
+    @pytest.mark.parametrize("cached_bytes", [0, 300, 900])
+    def test_experts_in_blocks(self, monkeypatch, cached_bytes):
+        """Forward, backward and the gradients of the weights, as many experts as the caches and the memory have room
+        for at a time: the result does not depend on it."""
+        experts = make_experts(7)
+        calls = [make_call(experts, 11, sentinels=True) for _ in range(3)]
+        whole = shared_results(experts, calls)
+        monkeypatch.setattr(experts_module, "_CACHED_BYTES", cached_bytes)
+        monkeypatch.setattr(experts_module, "_SMALL_BYTES", 0)
+        blocks = list(experts_module._blocks(torch.tensor([4, 0, 0, 1, 3, 2, 0]), 128))
+        assert len(blocks) == {0: 4, 300: 4, 900: 2}[cached_bytes]
+        assert_computes(experts, calls)
+        assert_close(shared_results(experts, calls), whole, 1e-12)
+        with torch.no_grad():
+            assert_close([experts(*calls[0])], whole[0][:1], 1e-12)
+
     @pytest.mark.parametrize("num_tokens", [1, 3])
     @pytest.mark.parametrize("grad", [False, True])
     def test_experts_not_chosen_are_not_read(self, num_tokens, grad):
@@ -274,12 +289,12 @@ class TestAgainstTransformers:
         width=st.integers(1, 12).map(lambda n: 4 * n),
         seed=st.integers(0, 2**31),
     )
-    def test_float32_output_is_bit_equal(self, num_tokens, num_experts, top_k, width, seed):
+    def test_float32_output(self, num_tokens, num_experts, top_k, width, seed):
         torch.manual_seed(seed)
         experts = make_experts(num_experts, 32, width, torch.float32)
         call = make_call(experts, num_tokens, top_k)
         with torch.no_grad():
-            assert torch.equal(experts(*call), with_backend(experts, "torch_grouped_mm")(*call))
+            assert_close([experts(*call)], [with_backend(experts, "torch_grouped_mm")(*call)], 1e-5)
 
     @pytest.mark.parametrize("backend", ["eager", "batched_mm", "torch_grouped_mm"])
     def test_gradients(self, backend):
@@ -684,68 +699,6 @@ class TestStepsAside:
         assert_close(*outcomes, 1e-5)
 
 
-class TestHugePages:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
-    def test_large_tensors(self, dtype):
-        like = torch.empty((5, 2**12, 2**10), dtype=dtype)
-        tensor = experts_module._empty_in_huge_pages(like)
-        assert tensor.shape == like.shape and tensor.dtype == dtype and tensor.is_contiguous()
-        assert tensor.data_ptr() % 2**21 == 0
-        tensor.fill_(2)
-        last = tensor[-1]
-        del tensor
-        gc.collect()
-        assert (last == 2).all()
-
-    def test_small_tensors_are_torchs(self, monkeypatch):
-        monkeypatch.setattr(mmap, "mmap", None)
-        for like in (torch.empty(0, 4, 5), torch.empty(3, 4, 5, dtype=torch.float16)):
-            tensor = experts_module._empty_in_huge_pages(like)
-            assert tensor.shape == like.shape and tensor.dtype == like.dtype
-
-    @pytest.mark.parametrize("missing", ["constant", "support"])
-    def test_systems_without(self, monkeypatch, missing):
-        class Memory(mmap.mmap):
-            def madvise(self, *_):
-                raise OSError(22, "Invalid argument")
-
-        if missing == "constant":
-            monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-        else:
-            monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-            monkeypatch.setattr(mmap, "mmap", Memory)
-        tensor = experts_module._empty_in_huge_pages(torch.empty(3, 2**11, 2**11)).fill_(1)
-        assert tensor.shape == (3, 2**11, 2**11) and tensor[-1, -1, -1] == 1
-
-    def test_as_gradients(self):
-        """What training does with `.grad`, against a gradient in torch's own memory."""
-        experts = make_experts(2, 2**11, 2**10, torch.float32)
-        for parameter in experts.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        weight, call = experts.gate_up_proj, make_call(experts, 3)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            assert weight.nbytes >= 2**25
-        optimizer = torch.optim.SGD([weight], lr=0.5)
-        other = with_backend(experts, "eager")
-        (wanted,) = torch.autograd.grad(other(*call).square().sum(), other.gate_up_proj)
-        before = weight.detach().clone()
-        for set_to_none in (True, False):
-            optimizer.zero_grad(set_to_none=set_to_none)
-            assert weight.grad is None or not weight.grad.any()
-            for times in (1, 2):
-                experts(*call).square().sum().backward()
-                torch.testing.assert_close(weight.grad, times * wanted, atol=1e-4, rtol=1e-4)
-        weight.grad.detach_()
-        torch.nn.utils.clip_grad_norm_([weight], 1.0)
-        torch.testing.assert_close(weight.grad, wanted / wanted.norm(), atol=1e-6, rtol=1e-3)
-        optimizer.step()
-        torch.testing.assert_close(weight.detach(), before - 0.5 * wanted / wanted.norm(), atol=1e-6, rtol=1e-4)
-        optimizer.zero_grad()
-        gc.collect()
-        assert weight.isfinite().all()
-
-
 class Operators(TorchDispatchMode):
     """Counts operators by name."""
 
@@ -761,7 +714,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this build of torch")
 class TestOneDnn:
     @pytest.fixture(autouse=True)
-    def faster(self, monkeypatch):
+    def onednn(self, monkeypatch):
         monkeypatch.setenv("COE_CPU_KERNEL", "onednn")
 
     @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 33, 100])
@@ -792,23 +745,3 @@ class TestOneDnn:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = shared_results(experts, [call])
         assert_close(actual, loop_results(experts, [call]), 1e-5)
-
-
-@pytest.mark.parametrize(
-    "cpu, expected",
-    [("vendor_id\t: GenuineIntel", False), ("vendor_id\t: AuthenticAMD", True), ("CPU implementer\t: 0x41", False)],
-    ids=["Intel", "AMD", "Arm"],
-)
-def test_where_onednn_is_faster(monkeypatch, cpu, expected):
-    monkeypatch.setattr(experts_module.Path, "read_text", lambda self: cpu)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert experts_module._is_onednn_faster.__wrapped__() is expected
-
-
-def test_onednn_is_not_asked_for_without_proc(monkeypatch):
-    def missing(self):
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(experts_module.Path, "read_text", missing)
-    assert experts_module._is_onednn_faster.__wrapped__() is False
