@@ -36,6 +36,8 @@ Shapes: N experts, R rows sorted by expert.
 """
 
 import argparse
+import functools
+import math
 import os
 import platform
 import sys
@@ -126,9 +128,9 @@ def _grouped_outer_product(
     return out
 
 
-def _is_aligned(*operands: torch.Tensor) -> bool:
+def _is_aligned(left: torch.Tensor, right: torch.Tensor) -> bool:
     # Up to torch 2.10 `grouped_mm` refuses other addresses. `mm`, which then replaces it, is what it calls.
-    return all(operand.data_ptr() % 16 == 0 for operand in operands)
+    return (left.data_ptr() | right.data_ptr()) % 16 == 0
 
 
 def _onednn_mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -159,13 +161,18 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype, height: int, width: int, load: float) -> "Product":
+        return cls._of(kind, dtype, height, width, load, torch.get_num_threads())
+
+    @classmethod
+    @functools.lru_cache(1024)
+    def _of(cls, kind: str, dtype: torch.dtype, height: int, width: int, load: float, threads: int) -> "Product":
         # Beyond 1,024 the rate hardly changes. The remainder decides what a kernel can compute.
-        shape = tuple(min(size, 1024 + size % 16) for size in (height, width))
+        shape = min(height, 1024 + height % 16), min(width, 1024 + width % 16)
         most_rows = min(256, max(ONEDNN_ROWS, 2**26 // (shape[0] * shape[1])))
         rows = 1
         while rows < load and 2 * rows <= most_rows:
             rows *= 2
-        return cls(kind, dtype, shape, rows, torch.get_num_threads())
+        return cls(kind, dtype, shape, rows, threads)
 
     def __str__(self) -> str:
         dtype, (height, width) = str(self.dtype).removeprefix("torch."), self.shape
@@ -311,12 +318,21 @@ def _clock(threads: int) -> Callable[[], float]:
     return time.perf_counter
 
 
+def _example_experts(product: Product) -> int:
+    # As many as make 16 MFLOP, and not more than 4 MiB of their matrices.
+    (height, width), rows = product.shape, product.rows
+    most = min(2**23 // (rows * height * width), 2**22 // (height * width * product.dtype.itemsize), 32)
+    return max(most - most % 2, 1)
+
+
+def example_flops(product: Product) -> int:
+    """Floating-point operations of what [`measure`] computes."""
+    return 2 * _example_experts(product) * product.rows * math.prod(product.shape)
+
+
 def _example(product: Product) -> Callable[[str], torch.Tensor]:
     """What computes a product of the class, with fewer experts, by a given kernel."""
-    (height, width), rows = product.shape, product.rows
-    # As many experts as make 16 MFLOP, and not more than 4 MiB of their matrices.
-    num_experts = min(2**23 // (rows * height * width), 2**22 // (height * width * product.dtype.itemsize), 32)
-    num_experts = max(num_experts, 1)
+    (height, width), rows, num_experts = product.shape, product.rows, _example_experts(product)
     uneven = rows // 4 if num_experts > 1 else 0
     counts = torch.tensor([rows + (uneven if expert % 2 else -uneven) for expert in range(num_experts)])
 
@@ -336,7 +352,8 @@ def _example(product: Product) -> Callable[[str], torch.Tensor]:
 # ---- Doctor ---------------------------------------------------------------------------------------------------------
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -376,7 +393,7 @@ def _doctor(argv: list[str] | None = None) -> int:
     if min(hidden_size, expert_width, *args.rows, args.threads) <= 0:
         parser.error("widths, rows and threads must be more than 0.")
     torch.set_num_threads(args.threads)
-    print(f"processor: {_processor()}")
+    print(f"processor: {processor()}")
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads: {args.threads}")
     print(f"{VARIABLE}: {os.environ.get(VARIABLE, 'auto')}")
     print(f"hidden size {hidden_size}, expert width {expert_width}\n")

@@ -151,7 +151,7 @@ class _Rows(NamedTuple):
     @property
     def load(self) -> float:
         """Rows per expert, of the shape and not of the routing."""
-        return self.slot.numel() / len(self.counts)
+        return self.slot.numel() / self.counts.shape[0]
 
     def blocks(self, gate_up_proj: torch.Tensor) -> Iterator[tuple[slice, slice]]:
         """Ranges of experts, and of their rows, so few that what lies between two products stays in the cache."""
