@@ -101,9 +101,11 @@ def ratios(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namesp
         if name == "batched_mm" and copied > MOST_COPIED_BYTES:
             continue
         first, other = start(name)
-        pairs = args.pairs if first < SLOW * least else 2  # as exact as need be
-        samples = alternate({"grouped_mm": default, name: other}, pairs)
-        yield name, spread([ours / other for ours, other in zip(*samples.values(), strict=True)]).median
+        if first > SLOW * least:
+            yield name, least / first  # as exact as need be
+            continue
+        samples = alternate({"grouped_mm": default, name: other}, args.pairs)
+        yield name, spread([ours / theirs for ours, theirs in zip(*samples.values(), strict=True)]).median
 
 
 def rates(hidden_size: int, rows: int, args: argparse.Namespace) -> Iterator[str]:

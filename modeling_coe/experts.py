@@ -22,6 +22,8 @@ Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R row
 """
 
 import functools
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -37,7 +39,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward as torch_gr
 from transformers.utils.generic import maybe_autocast
 
 
-_SMALL_BYTES = 2**25  # as much memory may be taken twice
+_SMALL_BYTES = 2**25  # as much memory may be taken twice, and comes from what malloc keeps
 _CACHED_BYTES = 2**21  # what a core's caches hold on most processors
 
 
@@ -225,7 +227,7 @@ class _GroupedExperts(torch.autograd.Function):
         for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
             gate, up = gate_up.chunk(2, dim=-1)
             with torch.enable_grad():
-                gate = gate.detach().requires_grad_()
+                gate = gate.detach().contiguous().requires_grad_()
                 act = ctx.act_fn(gate)
             torch.mul(act.detach(), up, out=inner[block])
 
@@ -263,7 +265,10 @@ def _mlp(
         inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
         gate_up.append(grouped_product(inputs, weights.gate_up_proj[experts].mT, counts, rows.load))
         gate, up = gate_up[-1].chunk(2, dim=-1)
-        outputs.append(grouped_product(act_fn(gate) * up, weights.down_proj[experts].mT, counts, rows.load))
+        # Rows with gaps between them would cost an activation more than this copy.
+        outputs.append(
+            grouped_product(act_fn(gate.contiguous()) * up, weights.down_proj[experts].mT, counts, rows.load)
+        )
     return gate_up, outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -404,7 +409,15 @@ def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool
         rows_first (`bool`): Which of the two.
     """
     counts, load = sum(call.rows.counts for call in calls), sum(call.rows.load for call in calls)
-    row_bytes = sum(like.shape[1:]) * like.itemsize
+    row_width, matrix_size = sum(like.shape[1:]), math.prod(like.shape[1:])
+    row_bytes = row_width * like.itemsize
+
+    if len(calls) > 1 and load / len(calls) * row_width > matrix_size:
+        # Adding up the gradients of the calls moves fewer bytes than joining their rows.
+        gradient = _weight_gradient(calls[:1], like, rows_first)
+        for call in calls[1:]:
+            gradient += _weight_gradient([call], like, rows_first)
+        return gradient
 
     def both_sides(experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
         *sides, sizes = zip(*(call.block(experts) for call in calls), strict=True)
@@ -413,7 +426,7 @@ def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool
 
     if like.nbytes + load * len(counts) * row_bytes < _SMALL_BYTES:
         return grouped_outer_product(*both_sides(slice(0, len(counts))), counts, load)
-    out = torch.empty(like.shape, dtype=like.dtype)
+    out = _empty_in_huge_pages(like)
     for experts, _ in _blocks(counts, row_bytes):
         grouped_outer_product(*both_sides(experts), counts[experts], load, out[experts])
     return out
@@ -437,3 +450,21 @@ def _blocks(counts: torch.Tensor, row_bytes: int) -> Iterator[tuple[slice, slice
             first, start = expert, end
         end += count
     yield slice(first, len(sizes)), slice(start, end)
+
+
+def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor of the shape and dtype of another, in pages of 2 MiB where the system has them.
+
+    Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
+    costs nearly as much as computing what goes in.
+    """
+    # What is smaller comes from memory that malloc keeps, touched before.
+    if like.nbytes < _SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(like.shape, dtype=like.dtype)
+    memory = mmap.mmap(-1, like.nbytes + 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return torch.empty(like.shape, dtype=like.dtype)
+    address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % 2**21).view_as(like)

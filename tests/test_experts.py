@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import mmap
 import pickle
 import weakref
 from typing import NamedTuple
@@ -697,6 +698,68 @@ class TestStepsAside:
             outcomes.append([output.logits, *trained])
         assert len(trained) == 8 and all(gradient.any() for gradient in trained)
         assert_close(*outcomes, 1e-5)
+
+
+class TestHugePages:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+    def test_large_tensors(self, dtype):
+        like = torch.empty((5, 2**12, 2**10), dtype=dtype)
+        tensor = experts_module._empty_in_huge_pages(like)
+        assert tensor.shape == like.shape and tensor.dtype == dtype and tensor.is_contiguous()
+        assert tensor.data_ptr() % 2**21 == 0
+        tensor.fill_(2)
+        last = tensor[-1]
+        del tensor
+        gc.collect()
+        assert (last == 2).all()
+
+    def test_small_tensors_are_torchs(self, monkeypatch):
+        monkeypatch.setattr(mmap, "mmap", None)
+        for like in (torch.empty(0, 4, 5), torch.empty(3, 4, 5, dtype=torch.float16)):
+            tensor = experts_module._empty_in_huge_pages(like)
+            assert tensor.shape == like.shape and tensor.dtype == like.dtype
+
+    @pytest.mark.parametrize("missing", ["constant", "support"])
+    def test_systems_without(self, monkeypatch, missing):
+        class Memory(mmap.mmap):
+            def madvise(self, *_):
+                raise OSError(22, "Invalid argument")
+
+        if missing == "constant":
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+        else:
+            monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+            monkeypatch.setattr(mmap, "mmap", Memory)
+        tensor = experts_module._empty_in_huge_pages(torch.empty(3, 2**11, 2**11)).fill_(1)
+        assert tensor.shape == (3, 2**11, 2**11) and tensor[-1, -1, -1] == 1
+
+    def test_as_gradients(self):
+        """What training does with `.grad`, against a gradient in torch's own memory."""
+        experts = make_experts(2, 2**11, 2**10, torch.float32)
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        weight, call = experts.gate_up_proj, make_call(experts, 3)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            assert weight.nbytes >= 2**25
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        other = with_backend(experts, "eager")
+        (wanted,) = torch.autograd.grad(other(*call).square().sum(), other.gate_up_proj)
+        before = weight.detach().clone()
+        for set_to_none in (True, False):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            assert weight.grad is None or not weight.grad.any()
+            for times in (1, 2):
+                experts(*call).square().sum().backward()
+                torch.testing.assert_close(weight.grad, times * wanted, atol=1e-4, rtol=1e-4)
+        weight.grad.detach_()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        torch.testing.assert_close(weight.grad, wanted / wanted.norm(), atol=1e-6, rtol=1e-3)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), before - 0.5 * wanted / wanted.norm(), atol=1e-6, rtol=1e-4)
+        optimizer.zero_grad()
+        gc.collect()
+        assert weight.isfinite().all()
 
 
 class Operators(TorchDispatchMode):
