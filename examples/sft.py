@@ -65,6 +65,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeConfig
+from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.releases import CHECKPOINTING
 
 
@@ -153,7 +154,7 @@ def train(
         train_dataset=conversations,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[stopwatch],
+        callbacks=[stopwatch, CpuKernelsCallback()],
     )
     trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
     check_lengths(args, held_out, {"train": trainer.train_dataset, **trainer.eval_dataset})

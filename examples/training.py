@@ -43,6 +43,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_coe import CoeConfig, CoeForCausalLM
+from modeling_coe.callbacks import CpuKernelsCallback
 
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def train_on_blocks(
         args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
         train_dataset=Blocks(train_blocks),
         eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
-        callbacks=[stopwatch],
+        callbacks=[stopwatch, CpuKernelsCallback()],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()

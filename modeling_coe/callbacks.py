@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Routers in training: what they do, logged with the loss, and balancing them without an auxiliary loss.
+"""Routers in training: what they do, logged with the loss, and balancing them without an auxiliary loss. And the CPU
+kernels of a run, kept in its checkpoints.
 
 Not imported by `import modeling_coe`, since it needs the Trainer's modules.
 """
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from . import cpu_kernels
 from .diagnostics import (
     NOTHING_RECORDED,
     RoutingStatistics,
@@ -274,4 +277,22 @@ class BiasBalancingCallback(TrainerCallback):
             self.balancer = None
 
 
-__all__ = ["BiasBalancer", "BiasBalancingCallback", "RoutingCallback"]
+class CpuKernelsCallback(TrainerCallback, ExportableState):
+    """Goes on with the CPU kernels that the interrupted run had: `Trainer(..., callbacks=[CpuKernelsCallback()])`.
+
+    Each process measures which kernels are fastest (see `cpu_kernels.py`), so a resumed run may have others, whose
+    results differ in the last bits. With this callback the choices are part of `trainer_state.json` in every
+    checkpoint, and `trainer.train(resume_from_checkpoint=...)` takes them from there. All ranks resume with those of
+    the first.
+    """
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"choices": cpu_kernels.choices()}}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is not None:
+            cpu_kernels.use(saved["attributes"]["choices"])
+
+
+__all__ = ["BiasBalancer", "BiasBalancingCallback", "CpuKernelsCallback", "RoutingCallback"]

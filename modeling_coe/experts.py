@@ -14,18 +14,18 @@
 """Grouped expert computation on the CPU, built for a chain that calls the same experts C times.
 
 Rows (one for each token and chosen expert) are sorted by expert, and every expert multiplies its rows in one go,
-straight from the stored weights. What the C calls of a layer share is [`ExpertWeights`]: their weight gradients are
-computed together, after the backward of all of them, so that a chain holds one gradient per weight where separate
-calls would hold, and add up, C of them.
+straight from the stored weights, by the kernel that `cpu_kernels.py` chooses. What the C calls of a layer share is
+[`ExpertWeights`]: their weight gradients are computed together, after the backward of all of them, so that a chain
+holds one gradient per weight where separate calls would hold, and add up, C of them.
 
 Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R rows.
 """
 
 import functools
+import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
 from transformers.utils.generic import maybe_autocast
+
+
+_SMALL_BYTES = 2**25  # as much memory may be taken twice, and comes from what malloc keeps
+_CACHED_BYTES = 2**21  # what a core's caches hold on most processors
 
 
 def grouped_mm_experts_forward(
@@ -64,8 +68,9 @@ def grouped_mm_experts_forward(
         if self.is_sharing_weights and torch.is_grad_enabled():
             self.shared_weights = weights
     tokens = hidden_states.to(weights.gate_up_proj.dtype)
-    if len(tokens) == 1 and not torch.is_grad_enabled():
-        output = _one_token(tokens, top_k_index, top_k_weights, weights, self.act_fn)
+    if not torch.is_grad_enabled():
+        compute = _one_token if len(tokens) == 1 else _without_gradient
+        output = compute(tokens, top_k_index, top_k_weights, weights, self.act_fn)
     else:
         output = _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, top_k_index, weights, self.act_fn)
     return output.to(hidden_states.dtype)
@@ -134,6 +139,7 @@ class _Rows(NamedTuple):
     """The rows, sorted by expert: one for each token and expert chosen for it."""
 
     choice: torch.Tensor  # (R,) which of the T * K choices a row is
+    token: torch.Tensor  # (R,) whose
     slot: torch.Tensor  # (T, K) the row of a choice; R where another rank computes it
     counts: torch.Tensor  # (N,) rows of each expert
 
@@ -148,11 +154,34 @@ class _Rows(NamedTuple):
             slot.fill_(num_rows)
             choice = choice[:num_rows]
         slot[choice] = torch.arange(len(choice), device=choice.device)
-        return cls(choice, slot.view_as(top_k_index), counts)
+        return cls(choice, choice // top_k_index.shape[1], slot.view_as(top_k_index), counts)
 
     @property
-    def token(self) -> torch.Tensor:
-        return self.choice // self.slot.shape[1]
+    def load(self) -> float:
+        """Rows per expert, of the shape and not of the routing."""
+        return self.slot.numel() / self.counts.shape[0]
+
+    def blocks(self, gate_up_proj: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+        """Ranges of experts, and of their rows, so few that what lies between two products stays in the cache."""
+        return _blocks(self.counts, gate_up_proj.shape[1] * gate_up_proj.itemsize)
+
+
+def grouped_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_product`]."""
+    return _kernels()[0](*args)
+
+
+def grouped_outer_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_outer_product`]."""
+    return _kernels()[1](*args)
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    # Imported by the first call, so that `python -m modeling_coe.cpu_kernels` runs a module not imported before.
+    from .cpu_kernels import grouped_outer_product, grouped_product
+
+    return grouped_product, grouped_outer_product
 
 
 def _first_order(backward: Callable) -> Callable:
@@ -184,84 +213,95 @@ class _GroupedExperts(torch.autograd.Function):
         weights: "ExpertWeights",
         act_fn: Callable,
     ) -> torch.Tensor:
-        gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
-        rows = _Rows.sort(top_k_index, len(gate_up_proj))
-        gate_up = _grouped_mm(tokens.index_select(0, rows.token), gate_up_proj.mT, rows.counts)
-        gate, up = gate_up.chunk(2, dim=-1)
-        outputs = _grouped_mm(act_fn(gate) * up, down_proj.mT, rows.counts)
-        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
+        rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
+        gate_up, outputs = _mlp(tokens, rows, weights, act_fn)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows)
+            ctx.save_for_backward(tokens, top_k_weights, weights.gate_up_proj, weights.down_proj, *rows, *gate_up)
             ctx.gradients, ctx.act_fn = weights.gradients, act_fn
-        outputs = outputs.mul_(row_weights) if outputs.dtype == row_weights.dtype else outputs * row_weights
-        return _sum_rows(outputs, rows.slot)
+        return _sum_rows(outputs, rows.slot, top_k_weights)
 
     @staticmethod
     @_first_order
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens, gate_up, row_weights, gate_up_proj, down_proj, *rows = ctx.saved_tensors
-        rows = _Rows(*rows)
-        gate, up = gate_up.chunk(2, dim=-1)
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            act = ctx.act_fn(gate)
-        inner = act.detach() * up  # the input (R, I) of the down projection
-
-        # With w the weight of a row, its share of the output is w * down(inner).
+        tokens, top_k_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
+        rows, blocks = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
         grad_output = grad_output.to(tokens.dtype)
-        grad_inner = _grouped_mm(grad_output.index_select(0, rows.token), down_proj, rows.counts)
-        grad_top_k_weights = None
-        if ctx.needs_input_grad[1]:
-            grad_top_k_weights = row_weights.new_zeros(rows.slot.shape)
-            grad_row_weights = torch.linalg.vecdot(grad_inner.to(row_weights.dtype), inner.to(row_weights.dtype))
-            grad_top_k_weights.view(-1)[rows.choice] = grad_row_weights
-        row_weights = row_weights.to(inner.dtype)
-        grad_inner.mul_(row_weights)
+        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
+        grad_row_weights = torch.empty_like(row_weights)
+        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])
+        inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # the input of the down projection
+        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
+            gate, up = gate_up.chunk(2, dim=-1)
+            with torch.enable_grad():
+                gate = gate.detach().contiguous().requires_grad_()
+                act = ctx.act_fn(gate)
+            torch.mul(act.detach(), up, out=inner[block])
 
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad_inner, act.detach(), out=grad_up)
-        grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
+            # With w the weight of a row, its share of the output is w * down(inner).
+            inputs = grad_output.index_select(0, rows.token[block])
+            grad_inner = grouped_product(inputs, down_proj[experts], rows.counts[experts], rows.load)
+            if ctx.needs_input_grad[1]:
+                factors = (tensor.to(row_weights.dtype) for tensor in (grad_inner, inner[block]))
+                grad_row_weights[block, 0] = torch.linalg.vecdot(*factors)
+            block_weights = row_weights[block].to(inner.dtype)
+            grad_inner.mul_(block_weights)
+            inner[block].mul_(block_weights)
+
+            grad_gate, grad_up = grad_gate_up[block].chunk(2, dim=-1)
+            torch.mul(grad_inner, act.detach(), out=grad_up)
+            grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
         if ctx.needs_input_grad[2]:
-            ctx.gradients.add(
-                gate_up=_Factors(rows, grad_gate_up, tokens),
-                down=_Factors(rows, inner.mul_(row_weights), grad_output),
-            )
-        grad_tokens = None
+            ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
+        grad_tokens = grad_top_k_weights = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = _sum_rows(_grouped_mm(grad_gate_up, gate_up_proj, rows.counts), rows.slot).to(tokens.dtype)
+            grad_rows = grouped_product(grad_gate_up, gate_up_proj, rows.counts, rows.load)
+            grad_tokens = _sum_rows(grad_rows, rows.slot).to(tokens.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_top_k_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format)
+            grad_top_k_weights.view(-1)[rows.choice] = grad_row_weights[:, 0]
         return grad_tokens, grad_top_k_weights, None, None, None, None
 
 
-def _grouped_mm(inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Rows (R, in) times the matrix of their expert in `weight` (N, in, out): (R, out)."""
-    if _torch_takes(inputs, weight):
-        return F.grouped_mm(inputs, weight, offs=counts.cumsum(0, dtype=torch.int32))
-    output, start = inputs.new_empty(len(inputs), weight.shape[2]), 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:  # in decoding most experts have no row
-            rows = slice(start, start + count)
-            _mm(inputs[rows], weight[expert], out=output[rows])
-            start += count
-    return output
+def _mlp(
+    tokens: torch.Tensor, rows: _Rows, weights: "ExpertWeights", act_fn: Callable
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gate and up (rows, 2I) of each block, and the output (R, H) of each row's expert."""
+    gate_up, outputs = [], []
+    for experts, block in rows.blocks(weights.gate_up_proj):
+        inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
+        gate_up.append(grouped_product(inputs, weights.gate_up_proj[experts].mT, counts, rows.load))
+        gate, up = gate_up[-1].chunk(2, dim=-1)
+        # Rows with gaps between them would cost an activation more than this copy.
+        outputs.append(
+            grouped_product(act_fn(gate.contiguous()) * up, weights.down_proj[experts].mT, counts, rows.load)
+        )
+    return gate_up, outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _torch_takes(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether torch's own `grouped_mm` computes this dtype and these widths on the CPU, as fast as `_mm` does."""
-    return (
-        hasattr(F, "grouped_mm")
-        and inputs.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(width * inputs.itemsize % 16 == 0 for width in weight.shape[1:])
-        and not _is_onednn_faster()
-    )
+def _without_gradient(
+    tokens: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: "ExpertWeights",
+    act_fn: Callable,
+) -> torch.Tensor:
+    rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
+    return _sum_rows(_mlp(tokens, rows, weights, act_fn)[1], rows.slot, top_k_weights)
 
 
-def _sum_rows(values: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Sums the rows (R, H) of each token's choices, `slot` (T, K), in float32 or wider: (T, H)."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+def _sum_rows(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums the rows (R, H) of each token's choices, `slot` (T, K), with their `weights` (T, K): (T, H), in float32 or
+    the wider dtype of the two."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if weights is not None:
+        dtype = torch.promote_types(dtype, weights.dtype)
+        weights = weights.to(dtype)
+    values = values.to(dtype)
     if slot.numel() > len(values):  # choices that another rank computes
+        if weights is not None:
+            weights = weights.masked_fill(slot == len(values), 0)
         values = torch.cat((values, values.new_zeros(1, values.shape[1])))
-    return F.embedding_bag(slot, values, mode="sum")
+    return F.embedding_bag(slot, values, mode="sum", per_sample_weights=weights)
 
 
 def _one_token(
@@ -296,10 +336,12 @@ class _Factors(NamedTuple):
     by_row: torch.Tensor  # (R, width)
     by_token: torch.Tensor  # (T, width)
 
-    def by_expert(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def block(self, experts: slice) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Both sides for a range of experts, (rows, width) each, and how many rows each expert has."""
         counts = self.rows.counts.tolist()
-        for by_row, token in zip(self.by_row.split(counts), self.rows.token.split(counts), strict=True):
-            yield by_row, self.by_token.index_select(0, token)
+        start, sizes = sum(counts[: experts.start]), counts[experts]
+        block = slice(start, start + sum(sizes))
+        return self.by_row[block], self.by_token.index_select(0, self.rows.token[block]), sizes
 
 
 class _PendingGradients:
@@ -356,26 +398,64 @@ class _WeightGradients(torch.autograd.Function):
         gradients, grad_gate_up_proj, grad_down_proj = ctx.gradients, None, None
         if gradients.backward_pass == torch._C._current_graph_task_id():
             if ctx.needs_input_grad[0]:
-                grad_gate_up_proj = _empty_in_huge_pages(ctx.like[0])
-                _sum_outer_products(gradients.gate_up, out=grad_gate_up_proj)
+                grad_gate_up_proj = _weight_gradient(gradients.gate_up, ctx.like[0], rows_first=True)
             gradients.gate_up.clear()  # frees them before the other gradient takes memory
             if ctx.needs_input_grad[1]:
-                grad_down_proj = _empty_in_huge_pages(ctx.like[1])
-                _sum_outer_products(gradients.down, out=grad_down_proj.mT)
+                grad_down_proj = _weight_gradient(gradients.down, ctx.like[1], rows_first=False)
         gradients.clear()
         return grad_gate_up_proj, grad_down_proj, None
 
 
-def _sum_outer_products(factors: list[_Factors], out: torch.Tensor) -> None:
-    """Sum over all rows of all calls, by row times by token, for each expert: `out` (N, by row, by token)."""
-    for expert_out, *pairs in zip(out.unbind(), *(call.by_expert() for call in factors), strict=True):
-        by_row, by_token = pairs[0] if len(pairs) == 1 else map(torch.cat, zip(*pairs, strict=True))
-        if not len(by_row):
-            expert_out.zero_()
-        elif expert_out.is_contiguous():
-            _mm(by_row.t(), by_token, expert_out)
-        else:
-            _mm(by_token.t(), by_row, expert_out.t())
+def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool) -> torch.Tensor:
+    """Sum over the rows of all calls, by row times by token, or the other way round, for each expert.
+
+    Args:
+        calls (`list[_Factors]`): What the calls have left, one or more.
+        like (`torch.Tensor`): Of the shape (N, by row, by token), or (N, by token, by row), and dtype of the result.
+        rows_first (`bool`): Which of the two.
+    """
+    counts, load = sum(call.rows.counts for call in calls), sum(call.rows.load for call in calls)
+    row_width, matrix_size = sum(like.shape[1:]), math.prod(like.shape[1:])
+    row_bytes = row_width * like.itemsize
+
+    if len(calls) > 1 and load / len(calls) * row_width > matrix_size:
+        # Adding up the gradients of the calls moves fewer bytes than joining their rows.
+        gradient = _weight_gradient(calls[:1], like, rows_first)
+        for call in calls[1:]:
+            gradient += _weight_gradient([call], like, rows_first)
+        return gradient
+
+    def both_sides(experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        *sides, sizes = zip(*(call.block(experts) for call in calls), strict=True)
+        by_row, by_token = (side[0] if len(side) == 1 else _interleave(side, sizes) for side in sides)
+        return (by_row, by_token) if rows_first else (by_token, by_row)
+
+    if like.nbytes + load * len(counts) * row_bytes < _SMALL_BYTES:
+        return grouped_outer_product(*both_sides(slice(0, len(counts))), counts, load)
+    out = _empty_in_huge_pages(like)
+    for experts, _ in _blocks(counts, row_bytes):
+        grouped_outer_product(*both_sides(experts), counts[experts], load, out[experts])
+    return out
+
+
+def _interleave(parts: Sequence[torch.Tensor], sizes: Sequence[list[int]]) -> torch.Tensor:
+    """The rows of all parts by expert: of each part those of expert 0, then those of expert 1."""
+    split = [part.split(counts) for part, counts in zip(parts, sizes, strict=True)]
+    return torch.cat([rows for expert in zip(*split, strict=True) for rows in expert])
+
+
+def _blocks(counts: torch.Tensor, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of experts, and of their rows: as many rows as stay in the cache, or those of one expert."""
+    sizes, first, start, end = counts.tolist(), 0, 0, 0
+    if sum(sizes) * row_bytes <= _CACHED_BYTES:
+        yield slice(0, len(sizes)), slice(0, sum(sizes))
+        return
+    for expert, count in enumerate(sizes):
+        if count and end > start and (end + count - start) * row_bytes > _CACHED_BYTES:
+            yield slice(first, expert), slice(start, end)
+            first, start = expert, end
+        end += count
+    yield slice(first, len(sizes)), slice(start, end)
 
 
 def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
@@ -385,47 +465,12 @@ def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
     costs nearly as much as computing what goes in.
     """
     # What is smaller comes from memory that malloc keeps, touched before.
-    if like.nbytes < 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if like.nbytes < _SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(like.shape, dtype=like.dtype)
-    memory = mmap.mmap(-1, like.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, like.nbytes + 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
         return torch.empty(like.shape, dtype=like.dtype)
     address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % _HUGE_PAGE).view_as(like)
-
-
-_HUGE_PAGE = 2**21
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`torch.mm`, by oneDNN where that is the faster library for float32."""
-    if a.dtype != torch.float32 or len(a) < _ONEDNN_ROWS or not _is_onednn_faster():
-        return torch.mm(a, b, out=out)
-    # oneDNN compiles a kernel for every shape, so sizes that routing decides come in steps.
-    padding = -len(a) % _ONEDNN_ROWS
-    inner_padding = -a.shape[1] % _ONEDNN_ROWS
-    if padding or inner_padding:
-        a = F.pad(a, (0, inner_padding, 0, padding))
-    if inner_padding:
-        b = F.pad(b, (0, 0, 0, inner_padding))
-    return out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")[: len(out)])
-
-
-_ONEDNN_ROWS = 16
-
-
-@functools.cache
-def _is_onednn_faster() -> bool:
-    """Whether torch's default library, MKL, leaves its fastest kernels unused: it keeps them to Intel's processors."""
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkl.is_available()
-        and "vendor_id" in cpu
-        and "GenuineIntel" not in cpu
-    )
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % 2**21).view_as(like)
