@@ -64,8 +64,11 @@ def grouped_mm_experts_forward(
                 # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
                 return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        is_shared = self.is_sharing_weights and torch.is_grad_enabled()
+        if not is_shared and _gains_nothing(top_k_index, gate_up_proj, down_proj):
+            return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         weights = ExpertWeights(gate_up_proj, down_proj)
-        if self.is_sharing_weights and torch.is_grad_enabled():
+        if is_shared:
             self.shared_weights = weights
     tokens = hidden_states.to(weights.gate_up_proj.dtype)
     if not torch.is_grad_enabled():
@@ -93,20 +96,34 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
     )
 
 
+def _gains_nothing(top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> bool:
+    """Whether transformers' function does as well for one call, at less cost around its products, and torch can compute
+    them: with gradients that are so small that their memory is quickly had, or without and for a few tokens."""
+    if torch.is_grad_enabled():
+        is_little = gate_up_proj.nbytes < _SMALL_BYTES
+    else:
+        is_little = 1 < len(top_k_index) and top_k_index.numel() <= len(gate_up_proj)
+    return (
+        is_little
+        and gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(width * down_proj.itemsize % 16 == 0 for width in down_proj.shape[1:])
+    )
+
+
 # What `sharing_weights` uses of PEFT's `ParamWrapper`: all of it or, where a name is missing, nothing.
 _PARAM_WRAPPER = ("_activate_lora", "merged_adapters", "merged", "disable_adapters", "active_adapters", "base_layer")
 
 
 @contextmanager
-def sharing_weights(experts: nn.Module) -> Iterator[None]:
+def sharing_weights(experts: nn.Module, num_calls: int | None = None) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
 
     PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here that
     happens once for all calls, with gradients and without.
 
-    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter), where a release
-    of PEFT has other names for what is used here, or where the weights come and go with every call: experts that are a
-    unit of FSDP or of ZeRO-3 themselves.
+    Steps aside, leaving every call on its own, where nothing is gained (a single call of `num_calls`, or neither
+    gradient nor adapter), where a release of PEFT has other names for what is used here, or where the weights come and
+    go with every call: experts that are a unit of FSDP or of ZeRO-3 themselves.
     """
     wrappers = []
     while all(hasattr(experts, name) for name in _PARAM_WRAPPER):
@@ -114,6 +131,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
+        or num_calls == 1
         or any(isinstance(module, FSDPModule) for module in (*wrappers, experts))
         or not (wrappers or torch.is_grad_enabled())
         or torch.compiler.is_compiling()
