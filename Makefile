@@ -9,7 +9,8 @@ export GOMP_SPINCOUNT ?= 1000
 
 # What has to hold on every release of transformers.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones balancing chain checkpoint configuration conversion \
-	finetuning generation lora packing reference releases remote_code seams training transformers)
+	cpu_kernels experts finetuning generation lora package packing reference releases remote_code seams training \
+	transformers)
 
 .PHONY: demo test test-oldest test-newest test-today quality style benchmarks evidence clean
 

@@ -107,6 +107,8 @@ def _gains_nothing(top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_p
         is_little
         and gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(width * down_proj.itemsize % 16 == 0 for width in down_proj.shape[1:])
+        # It leaves the rows of other ranks' experts as they are unless a plan of parallelism has told it of them.
+        and bool((top_k_index < len(gate_up_proj)).all())
     )
 
 

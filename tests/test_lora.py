@@ -354,14 +354,15 @@ def test_names_that_a_release_of_peft_lacks(monkeypatch, added, names, additions
             if shares:
                 rename_in_peft(patch, model, names)
             else:
-                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda _: contextlib.nullcontext())
+                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda *_: contextlib.nullcontext())
             added.clear()
             output = model(input_ids, labels=input_ids)
             output.loss.backward()
             assert {added.count(wrapper) for wrapper in added} == {additions if shares else 3}
         gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-        results.append((output.logits, gradients))
-    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+        results.append([output.logits, *gradients])
+    for actual, expected in zip(*results, strict=True):
+        assert_equal_up_to_rounding(actual, expected)
 
 
 @torch.no_grad()

@@ -158,6 +158,8 @@ class Processes:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.args.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
+            # A run that is computed again has the same bits.
+            "COE_CPU_KERNEL": os.environ.get("COE_CPU_KERNEL", "grouped_mm"),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": path,
         }
