@@ -97,17 +97,17 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
 
 
 def _gains_nothing(top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> bool:
-    """Whether transformers' function does as well for one call, at less cost around its products, and torch can compute
-    them: with gradients that are so small that their memory is quickly had, or without and for a few tokens."""
+    """Whether transformers' function does as well for one call, with less around its products: where gradients are so
+    small that their memory is quickly had, or where there are none and few tokens."""
     if torch.is_grad_enabled():
         is_little = gate_up_proj.nbytes < _SMALL_BYTES
     else:
-        is_little = 1 < len(top_k_index) and top_k_index.numel() <= len(gate_up_proj)
+        is_little = len(top_k_index) > 1 and top_k_index.numel() <= len(gate_up_proj)
     return (
         is_little
         and gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(width * down_proj.itemsize % 16 == 0 for width in down_proj.shape[1:])
-        # It leaves the rows of other ranks' experts as they are unless a plan of parallelism has told it of them.
+        # It takes no care of other ranks' experts unless a plan of parallelism has told it of them.
         and bool((top_k_index < len(gate_up_proj)).all())
     )
 
