@@ -93,7 +93,7 @@ def ratios(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namesp
         first = clock(lambda: call(name))
         if first < 1.0:  # or else what only the first call does is a small part of it
             first = clock(lambda: call(name))
-        repeats = math.ceil(args.seconds / max(first, 1e-6))
+        repeats = max(1, math.ceil(args.seconds / max(first, 1e-6)))
         return first, lambda: clock(lambda: [call(name) for _ in range(repeats)]) / repeats
 
     least, default = start("grouped_mm")

@@ -218,3 +218,15 @@ def test_script(name, tmp_path, capsys):
         phases = [max(f / rates["flops_per_second"], b / rates["bytes_per_second"]) for f, b in row["work"]]
         assert row["distance"] == pytest.approx(row["ours_median"] / sum(phases))
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ours_median"])
+
+
+def test_the_default_against_every_other_implementation(capsys):
+    """A row for each shape and direction, with a ratio for every implementation that could run."""
+    options = ["--hidden-sizes", "64", "--rows", "1", "4", "--experts", "3", "--top-k", "2"]
+    rows = importlib.import_module("cpu_kernels").main([*options, "--pairs", "1", "--seconds", "0"])
+    assert len(rows) == 2 * 2
+    for ratios in rows:
+        assert set(ratios) == {"torch_grouped_mm", "eager", "batched_mm"} and min(ratios.values()) > 0
+    output = capsys.readouterr().out
+    assert output.count("| forward |") == output.count("| forward and backward |") == 2
+    assert "weight gradient, float32" in output
