@@ -72,7 +72,7 @@ def calls(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namespa
 
     def call(name: str) -> None:
         experts.config._experts_implementation = name
-        with torch.set_grad_enabled(backward), sharing_weights(experts, args.iterations):
+        with torch.set_grad_enabled(backward), sharing_weights(experts):
             x = hidden_states
             for routing in routings:
                 x = x + experts(x, *routing)

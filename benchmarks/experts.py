@@ -70,7 +70,7 @@ def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool)
         routings.append((indices.to(model.device), weights.to(model.device)))
 
     def call() -> None:
-        with torch.set_grad_enabled(backward), sharing_weights(experts, len(routings)):
+        with torch.set_grad_enabled(backward), sharing_weights(experts):
             x = hidden_states
             for indices, weights in routings:
                 x = x + experts(x, indices, weights)

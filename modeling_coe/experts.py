@@ -64,11 +64,10 @@ def grouped_mm_experts_forward(
                 # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
                 return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        is_shared = self.is_sharing_weights and torch.is_grad_enabled()
-        if not is_shared and _gains_nothing(top_k_index, gate_up_proj, down_proj):
+        if _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         weights = ExpertWeights(gate_up_proj, down_proj)
-        if is_shared:
+        if self.is_sharing_weights and torch.is_grad_enabled():
             self.shared_weights = weights
     tokens = hidden_states.to(weights.gate_up_proj.dtype)
     if not torch.is_grad_enabled():
@@ -96,11 +95,14 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
     )
 
 
-def _gains_nothing(top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> bool:
-    """Whether transformers' function does as well for one call, with less around its products: where gradients are so
-    small that their memory is quickly had, or where there are none and few tokens."""
+def _gains_nothing(
+    num_iterations: int, top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+) -> bool:
+    """Whether transformers' function does as well, with less around its products: where there are no gradients and few
+    tokens, or one call with gradients so small that their memory is quickly had. What checkpointing computes again has
+    to find the same answer."""
     if torch.is_grad_enabled():
-        is_little = gate_up_proj.nbytes < _SMALL_BYTES
+        is_little = num_iterations == 1 and gate_up_proj.nbytes < _SMALL_BYTES
     else:
         is_little = len(top_k_index) > 1 and top_k_index.numel() <= len(gate_up_proj)
     return (
@@ -117,15 +119,15 @@ _PARAM_WRAPPER = ("_activate_lora", "merged_adapters", "merged", "disable_adapte
 
 
 @contextmanager
-def sharing_weights(experts: nn.Module, num_calls: int | None = None) -> Iterator[None]:
+def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
 
     PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here that
     happens once for all calls, with gradients and without.
 
-    Steps aside, leaving every call on its own, where nothing is gained (a single call of `num_calls`, or neither
-    gradient nor adapter), where a release of PEFT has other names for what is used here, or where the weights come and
-    go with every call: experts that are a unit of FSDP or of ZeRO-3 themselves.
+    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter), where a release
+    of PEFT has other names for what is used here, or where the weights come and go with every call: experts that are a
+    unit of FSDP or of ZeRO-3 themselves.
     """
     wrappers = []
     while all(hasattr(experts, name) for name in _PARAM_WRAPPER):
@@ -133,7 +135,6 @@ def sharing_weights(experts: nn.Module, num_calls: int | None = None) -> Iterato
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or num_calls == 1
         or any(isinstance(module, FSDPModule) for module in (*wrappers, experts))
         or not (wrappers or torch.is_grad_enabled())
         or torch.compiler.is_compiling()

@@ -273,7 +273,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         rule = self.residual_rule
         used_experts = [] if rule == "split" else None
         x = x_0 = self.post_attention_layernorm(hidden_states)
-        with sharing_weights(self.mlp.experts, self.num_iterations):
+        with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
                 y = self.mlp(x, iteration, used_experts)
                 if rule in ("prenorm", "split"):

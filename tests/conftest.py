@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  torch's compiler imports it, which fails after somebody has imported distutils
 import torch
 from transformers.utils import logging
 

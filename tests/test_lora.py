@@ -354,7 +354,7 @@ def test_names_that_a_release_of_peft_lacks(monkeypatch, added, names, additions
             if shares:
                 rename_in_peft(patch, model, names)
             else:
-                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda *_: contextlib.nullcontext())
+                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda _: contextlib.nullcontext())
             added.clear()
             output = model(input_ids, labels=input_ids)
             output.loss.backward()
