@@ -22,7 +22,7 @@ from modeling_coe import experts as experts_module
 from modeling_coe.experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from modeling_coe.modeling_coe import CoeDecoderLayer, CoeExperts
 
-from .helpers import TINY, enable_checkpointing, random_ids, tiny_config, tiny_model
+from .helpers import TINY, enable_checkpointing, random_ids, requires_compiled_grouped_mm, tiny_config, tiny_model
 
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "mish", "linear")
@@ -620,7 +620,9 @@ def test_gradient_checkpointing_of_the_model(aux_loss_alpha):
 
 
 class TestStepsAside:
-    @pytest.mark.parametrize("backend, grad", [("eager", False), ("aot_eager", True)])
+    @pytest.mark.parametrize(
+        "backend, grad", [("eager", False), pytest.param("aot_eager", True, marks=requires_compiled_grouped_mm)]
+    )
     def test_compiled(self, only_upstream, backend, grad):
         torch.compiler.reset()
         experts = with_backend(make_experts(dtype=torch.float32), "grouped_mm")
