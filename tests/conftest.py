@@ -4,11 +4,10 @@ import os
 # No test may reach a hub; set before anything imports huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Read by torch's OpenMP when it loads: threads that wait for each other spin for a moment only.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from pathlib import Path
 
+import openmp  # noqa: F401  the examples' own, before torch
 import pytest
 import setuptools  # noqa: F401  torch's compiler imports it, which fails after somebody has imported distutils
 import torch
