@@ -118,7 +118,7 @@ class CoeConfig(DeepseekV2Config):
             Number of experts that see every token at every iteration, fused into one MLP of width
             `n_shared_experts * moe_intermediate_size`. `None` or 0 for none.
         shared_expert_intermediate_size (`int`, *optional*):
-            Width of that MLP where it is another.
+            Width of that MLP where it is another; 0 for none.
         num_experts_per_tok (`int`, defaults to 4):
             Number of routed experts K chosen per token **and iteration**.
         moe_intermediate_size (`int`, defaults to 1407):
@@ -342,8 +342,9 @@ class CoeConfig(DeepseekV2Config):
             raise ValueError(f"`topk_method` is {self.topk_method!r}; choose one of {TOPK_METHODS}.")
         if not self.routed_scaling_factor > 0:
             raise ValueError(f"`routed_scaling_factor` is {self.routed_scaling_factor}; it must be greater than 0.")
-        if self.n_shared_experts is not None:
-            _at_least(self, 0, "n_shared_experts")
+        for name in ("n_shared_experts", "shared_expert_intermediate_size"):
+            if getattr(self, name) is not None:
+                _at_least(self, 0, name)
         if self.n_routed_experts is None:
             return
         _at_least(self, 1, "n_routed_experts", "num_experts_per_tok")
@@ -431,7 +432,9 @@ class CoeConfig(DeepseekV2Config):
         """Width of the MLP of all shared experts, 0 where there are none."""
         if not self.n_shared_experts:
             return 0
-        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+        if self.shared_expert_intermediate_size is not None:
+            return self.shared_expert_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size
 
     @property
     def expert_combinations(self) -> int:

@@ -97,7 +97,7 @@ def load_balancing_loss(
             return torch.zeros_like(values).index_add(0, sequence_ids.flatten(), values)
         return values.view(num_groups, -1, values.shape[-1]).sum(dim=1)
 
-    mask = scores.new_ones(len(scores), 1) if token_mask is None else token_mask.reshape(-1, 1).to(scores)
+    mask = scores.new_ones(len(scores), 1) if token_mask is None else token_mask.reshape(-1, 1).bool().to(scores)
     length = sum_by_group(mask)
     share_chosen = sum_by_group(chosen * mask) / length.clamp(min=1) * (num_experts / top_k)
     mean_scores = sum_by_group(scores * mask) / length.clamp(min=1)
@@ -118,7 +118,7 @@ def router_z_loss(router_logits: torch.Tensor, *, token_mask: torch.Tensor | Non
     squared = router_logits.logsumexp(dim=-1).square()
     if token_mask is None:
         return squared.mean()
-    mask = token_mask.reshape(-1).to(squared)
+    mask = token_mask.reshape(-1).bool().to(squared)
     return (squared * mask).sum() / mask.sum().clamp(min=1)
 
 

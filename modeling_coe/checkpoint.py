@@ -19,6 +19,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .configuration_coe import CoeConfig
 
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 # What a sparse layer has a fixed number of: routers, experts and scales.
-_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.|iteration_scale$")
+_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.|iteration_scale\.")
 # Fused parameter -> the projections it concatenates, under their names in the official layout.
 _FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _WEIGHT_FILE = re.compile(
@@ -40,30 +41,64 @@ _WEIGHT_FILE = re.compile(
 )
 
 
-def fuse_expert_weights(experts: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+@torch.no_grad()
+def fuse_expert_weights(
+    experts: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
     """Lets `load_state_dict` read the official layout too, one tensor per expert and projection.
 
     A pre-hook of the experts module. `from_pretrained` converts the layout by itself; `Trainer` resumes a run, and
-    loads the best checkpoint at its end, with `load_state_dict` on the file as it is. A file that holds only some
-    experts, as a shard may, changes those alone.
+    loads the best checkpoint at its end, with `load_state_dict` on the file as it is. What torch promises holds as if
+    every tensor of an expert were a parameter: those that a state dict lacks (a shard holds only some) stay as they
+    are and are missing, those of another shape are errors, and `assign=True` takes the stored dtype and device.
     """
+    assign = local_metadata.get("assign_to_params_buffers", False)
     for name, projections in _FUSED_PROJECTIONS.items():
-        keys = {
-            (expert, part): f"{prefix}{expert}.{projection}.weight"
-            for expert in range(experts.num_experts)
-            for part, projection in enumerate(projections)
-        }
-        stored = {place: state_dict.pop(key) for place, key in keys.items() if key in state_dict}
-        if not stored:
-            continue
         parameter = getattr(experts, name).detach()
-        device = next(iter(stored.values())).device if parameter.is_meta else parameter.device
-        fused = torch.empty_like(parameter, device=device)
-        if not parameter.is_meta:
-            fused.copy_(parameter)
-        for (expert, part), tensor in stored.items():
-            fused[expert].chunk(len(projections))[part].copy_(tensor)
+        shape = torch.Size((parameter.shape[1] // len(projections), parameter.shape[2]))
+        keys = [f"{prefix}{e}.{projection}.weight" for e in range(len(parameter)) for projection in projections]
+        stored = {key: state_dict[key] for key in keys if key in state_dict}
+        if not stored or prefix + name in state_dict:
+            continue
+        missing = [key for key in keys if key not in stored]
+        if strict:
+            missing_keys += missing
+        if missing and parameter.is_meta:
+            continue  # there is nothing to complete them with: torch calls them unexpected, and the parameter missing
+        wrong = [key for key, tensor in stored.items() if tensor.shape != shape]
+        error_msgs += [
+            f"size mismatch for {key}: the shape is {list(stored[key].shape)} in the checkpoint and {list(shape)} in "
+            "the current model."
+            for key in wrong
+        ]
+        fused = parameter
+        if not wrong:
+            dtypes = {tensor.dtype for tensor in stored.values()} | ({parameter.dtype} if missing else set())
+            dtype = reduce(torch.promote_types, dtypes) if assign else parameter.dtype
+            device = next(iter(stored.values())).device if assign or parameter.is_meta else parameter.device
+            fused = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if missing:
+                fused.copy_(parameter)
+            for key, matrix in zip(keys, fused.view(len(keys), *shape), strict=True):
+                if key in stored:
+                    matrix.copy_(stored[key])
+        for key in stored:
+            del state_dict[key]
         state_dict[prefix + name] = fused
+
+
+def rename_iteration_scale(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict` read scales under their name on disk: a pre-hook of the layer, see above."""
+    name = f"{prefix}iteration_scale"
+    if name in state_dict:
+        state_dict.setdefault(f"{name}.weight", state_dict.pop(name))
 
 
 def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
@@ -97,7 +132,7 @@ def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
     if config.shared_expert_width:
         keys |= {f"mlp.shared_experts.{projection}_proj.weight" for projection in ("gate", "up", "down")}
     if config.upcycling is not None and iterations > 1:
-        keys.add("iteration_scale")
+        keys.add("iteration_scale.weight")
     for name, projections in _FUSED_PROJECTIONS.items():
         if fused:
             keys.add(f"mlp.experts.{name}")

@@ -417,8 +417,8 @@ def watch_routers(model: nn.Module, receive: Callable[..., None], *, training_on
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         token_mask = _token_mask(attention_mask, hidden_states.shape[1])
         if token_mask is None:
-            token_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
-        receive(output.router_indices, output.router_logits, token_mask.flatten().ne(0))
+            token_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        receive(output.router_indices, output.router_logits, token_mask.flatten())
 
     base, hooks = find_coe_model(model), ExitStack()
     hooks.enter_context(base.register_forward_pre_hook(ask, with_kwargs=True))

@@ -88,6 +88,9 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
     return (
         hidden_states.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        # Counts of rows are read as numbers, which a traced graph would keep, and transforms of `torch.func` refuse.
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
         # Subclasses (DTensor, quantised weights) do not have the plain storage that is read below.
         and all(type(weight) in (torch.Tensor, nn.Parameter) and weight.is_contiguous() for weight in weights)
         # The activation's own parameters would get no gradient.

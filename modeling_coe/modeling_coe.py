@@ -27,9 +27,11 @@ iteration, the layer that owns the chain, the models.
 Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,11 +61,22 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,
+    OutputRecorder,
+    capture_outputs,
+    maybe_install_capturing_hooks,
+)
 
 from .backbones import BACKBONES
 from .balancing import balancing_losses, label_token_share, packed_sequences, router_scores
-from .checkpoint import check_chain_keys, fuse_expert_weights, read_keys, staged_directory
+from .checkpoint import (
+    check_chain_keys,
+    fuse_expert_weights,
+    read_keys,
+    rename_iteration_scale,
+    staged_directory,
+)
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .releases import CACHE, slice_logits_to_keep, takes_cache
@@ -91,6 +104,15 @@ class CoeRouter(DeepseekV2TopkRouter):
             self.routed_scaling_factor = 1.0
         if self.topk_method == "noaux_tc":
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def _apply(self, *args, **kwargs) -> "CoeRouter":
+        # What `model.to(dtype)`, `half()` and engines that call them do. A selection bias moves by a thousandth a step,
+        # which half precision cannot hold: it changes its place, and not to a narrower dtype.
+        bias = getattr(self, "e_score_correction_bias", None)
+        super()._apply(*args, **kwargs)
+        if bias is not None and self.e_score_correction_bias.itemsize < bias.itemsize:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(
         self, hidden_states: torch.Tensor, used_experts: torch.Tensor | None = None
@@ -198,24 +220,20 @@ class CoeMoE(nn.Module):
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, iteration: int = 0, used_experts: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+        self, hidden_states: torch.Tensor, iteration: int = 0, used_experts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor`): (B, S, H), the input `x_t` of this iteration.
             iteration (`int`, defaults to 0): t, from 0 to C-1; chooses the router.
-            used_experts (`list[torch.Tensor]`, *optional*): (T, K) experts of each earlier iteration of a split layer,
-                which are not chosen again. Those of this iteration are appended.
+            used_experts (`torch.Tensor`, *optional*): (T, t * K) experts of the earlier iterations of a split layer,
+                which are not chosen again.
 
         Returns:
-            `torch.Tensor`: (B, S, H), `y_t` without any residual.
+            `y_t` without any residual, (B, S, H), and the experts chosen, (T, K), int64.
         """
         router = self.gate[iteration] if self.use_igate else self.gate
-        excluded = torch.cat(used_experts[:iteration], dim=-1) if used_experts and iteration > 0 else None
-        _, top_k_weights, top_k_index = router(hidden_states, excluded)
-        # An iteration that checkpointing computes again finds those of all iterations there.
-        if used_experts is not None and len(used_experts) == iteration:
-            used_experts.append(top_k_index)
+        _, top_k_weights, top_k_index = router(hidden_states, used_experts)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_experts is not None and not (self.shares_once and iteration > 0):
@@ -223,7 +241,22 @@ class CoeMoE(nn.Module):
             if self.shared_expert_gate is not None:
                 shared_output = self.shared_expert_gate(hidden_states).sigmoid() * shared_output
             output = output + shared_output
-        return output
+        return output, top_k_index
+
+
+class CoeIterationScale(nn.Module):
+    """The learned vectors `s_t` of a converted chain, (C-1, H): how much of an iteration's output the next one sees.
+
+    A module of its own, so that PEFT can train it as a whole beside low-rank adapters (`modules_to_save`).
+    """
+
+    def __init__(self, num_iterations: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_iterations - 1, hidden_size))
+
+    def forward(self, y: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`s_t * y_t`, of the shape and dtype of `y` (B, S, H)."""
+        return self.weight[iteration].to(y.dtype) * y
 
 
 class CoeDecoderLayer(GradientCheckpointingLayer):
@@ -241,7 +274,8 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
         if self.is_sparse and self.residual_rule in ("refine", "split"):
-            self.iteration_scale = nn.Parameter(torch.zeros(self.num_iterations - 1, config.hidden_size))
+            self.iteration_scale = CoeIterationScale(self.num_iterations, config.hidden_size)
+            self.register_load_state_dict_pre_hook(rename_iteration_scale)
 
     @takes_cache
     def forward(
@@ -271,11 +305,13 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
         rule = self.residual_rule
-        used_experts = [] if rule == "split" else None
+        used_experts = None
         x = x_0 = self.post_attention_layernorm(hidden_states)
         with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
-                y = self.mlp(x, iteration, used_experts)
+                y, chosen_experts = self.mlp(x, iteration, used_experts)
+                if rule == "split":
+                    used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
                 if rule in ("prenorm", "split"):
                     hidden_states = hidden_states + y
                 x = self.next_input(x_0, x, y, iteration)
@@ -293,7 +329,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
             return x_0 + y
         if self.residual_rule in ("refine", "split"):
             is_last = iteration == self.num_iterations - 1
-            return x if is_last else x + self.iteration_scale[iteration] * y
+            return x if is_last else x + self.iteration_scale(y, iteration)
         return y
 
 
@@ -325,8 +361,14 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         super()._init_weights(module)  # covers the routers' weights and the experts' 3D parameters
         if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
             init.zeros_(module.e_score_correction_bias)
-        if isinstance(module, CoeDecoderLayer) and hasattr(module, "iteration_scale"):
-            init.zeros_(module.iteration_scale)
+        if isinstance(module, CoeIterationScale):
+            init.zeros_(module.weight)
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers records for the classes that a model was built as. FSDP2 makes a class of its own for a built
+        # model, and a process that unpickles one builds none: no router would be recorded, nor balanced, there.
+        _CAN_RECORD_REGISTRY.setdefault(str(cls), cls._can_record_outputs)
 
     @classmethod
     def _model_class(cls) -> type:
@@ -422,6 +464,16 @@ class CoeModel(CoePreTrainedModel):
         # Training always records the routers; installed on first use, these hooks would break a compiled first call.
         maybe_install_capturing_hooks(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: all but the hooks that record, which cannot be, and are installed anew."""
+        state = _without_capturing_hooks(self).__dict__
+        del state["_output_capturing_hooks_installed"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        maybe_install_capturing_hooks(self)
+
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -466,6 +518,17 @@ class CoeModel(CoePreTrainedModel):
                 **kwargs,
             )
         return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+
+def _without_capturing_hooks(module: nn.Module) -> nn.Module:
+    """A module that shares everything with another but the hooks of transformers that record outputs."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = module.__dict__.copy()
+    twin._forward_hooks = OrderedDict(
+        (key, hook) for key, hook in module._forward_hooks.items() if hook.__module__ != capture_outputs.__module__
+    )
+    twin._modules = {name: child and _without_capturing_hooks(child) for name, child in module._modules.items()}
+    return twin
 
 
 @dataclass
@@ -622,9 +685,10 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
 
 
 def _token_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The (B, S) mask of real tokens among the last `length` ones, or `None` where the mask does not tell."""
+    """The (B, S) mask of real tokens among the last `length` ones, or `None` where the mask does not tell. Numbers
+    other than 0, which collators give the sequences of a packed row, are true."""
     is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-    return attention_mask[:, -length:] if is_padding_mask else None
+    return attention_mask[:, -length:].bool() if is_padding_mask else None
 
 
 class CoeForSequenceClassification(GenericForSequenceClassification, CoePreTrainedModel):
@@ -640,9 +704,14 @@ class CoeForQuestionAnswering(GenericForQuestionAnswering, CoePreTrainedModel):
 
 
 # The installed package and a folder's own code both need these two to load a checkpoint: per-expert tensors on disk
-# become fused ones in memory (as for DeepSeek-V2), and the heads find their backbone.
+# become fused ones in memory (as for DeepSeek-V2), scales become modules, and the heads find their backbone.
 register_checkpoint_conversion_mapping(
-    CoeConfig.model_type, get_checkpoint_conversion_mapping("deepseek_v2"), overwrite=True
+    CoeConfig.model_type,
+    [
+        *get_checkpoint_conversion_mapping("deepseek_v2"),
+        WeightRenaming(r"iteration_scale(?!\.)", "iteration_scale.weight"),
+    ],
+    overwrite=True,
 )
 AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
 

@@ -287,7 +287,7 @@ class TestVariants:
         layer, h = renormed.model.layers[0], torch.randn(2, 5, renormed.config.hidden_size)
         expected = h
         for iteration, norm in enumerate([layer.post_attention_layernorm, *layer.norms]):
-            expected = expected + layer.mlp(norm(expected), iteration)
+            expected = expected + layer.mlp(norm(expected), iteration)[0]
         torch.testing.assert_close(layer.chain(h), expected)
         assert len(layer.norms) == 2
 

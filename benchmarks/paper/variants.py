@@ -34,7 +34,8 @@ class ScalarLayer(CoeDecoderLayer):
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = self.post_attention_layernorm(hidden_states)
         stream = hidden_states if self.residual_rule == "prenorm" else x
-        return stream + self.scale * self.mlp(x)
+        y, _ = self.mlp(x)
+        return stream + self.scale * y
 
 
 class HeldLayer(CoeDecoderLayer):
@@ -68,7 +69,8 @@ class RenormLayer(CoeDecoderLayer):
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with sharing_weights(self.mlp.experts):
             for iteration, norm in enumerate([self.post_attention_layernorm, *self.norms]):
-                hidden_states = hidden_states + self.mlp(norm(hidden_states), iteration)
+                y, _ = self.mlp(norm(hidden_states), iteration)
+                hidden_states = hidden_states + y
         return hidden_states
 
 
