@@ -241,7 +241,7 @@ class CoeConfig(DeepseekV2Config):
         super().__post_init__(**kwargs)
         if self.backbone not in _LATENT_ATTENTION:
             # What the parent sets for latent attention, and shared code reads as the sign of it.
-            self.head_dim = head_dim or self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
             self.qk_head_dim = None
         self.validate_chain()
         self.validate_routing()
@@ -273,10 +273,21 @@ class CoeConfig(DeepseekV2Config):
         self.base_model_tp_plan = present(attention_plan | self.base_model_tp_plan)
         self.base_model_ep_plan = present(self.base_model_ep_plan)
 
+    def validate_vocabulary(self) -> None:
+        """Raises `ValueError` where padding has no embedding. Part of `@strict` validation."""
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        padding = self.pad_token_id
+        if padding is not None and not -self.vocab_size <= padding < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` is {padding}, beyond `vocab_size={self.vocab_size}`. Set it to a token of the "
+                "vocabulary, or to None."
+            )
+
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
         `@strict` validation."""
         if self.backbone not in _LATENT_ATTENTION:
+            _at_least(self, 1, "head_dim", "num_key_value_heads")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
                     f"`num_attention_heads` is {self.num_attention_heads}, no multiple of `num_key_value_heads="
@@ -357,7 +368,8 @@ class CoeConfig(DeepseekV2Config):
             )
         if self.topk_method == "greedy":
             return
-        groups, chosen_groups = self.n_group or 1, self.topk_group or 1
+        groups = 1 if self.n_group is None else self.n_group
+        chosen_groups = 1 if self.topk_group is None else self.topk_group
         if groups < 1 or experts % groups:
             raise ValueError(
                 f"`n_routed_experts={experts}` experts cannot be split into `n_group={groups}` equal groups. "

@@ -17,7 +17,8 @@
         --data train.parquet --eval-data test.parquet --r 4 --expert-r 1
 
 Attention, shared experts and routed experts are adapted, the latter at a rank of their own, since there are many of
-them. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
+them. The scales of a converted chain are trained whole, and the log says how far they moved. Data, `--resume` and what
+is reported are those of `pretrain.py`. The output folder holds
 
     run.json        the settings, and a fingerprint of data and model, that a resumed run must share
     tokenizer/      the tokenizer of the run
@@ -129,7 +130,8 @@ def save_and_merge(
     """Saves the adapter, loads it onto the base model loaded anew, and saves the two merged.
 
     Returns:
-        The merged model, and for `results.json` the size of the adapter and the largest differences of a logit.
+        The merged model, and for `results.json` the size of the adapter, the largest differences of a logit and, of a
+        converted chain, how far the scales of each layer moved.
     """
     adapter_folder = args.output_dir / "adapter"
     model.save_pretrained(adapter_folder)
@@ -137,16 +139,31 @@ def save_and_merge(
     loaded = PeftModel.from_pretrained(given_model(args.model, config), adapter_folder).to(model.device)
     loading = logit_difference(model, loaded)
     merged = loaded.merge_and_unload()
+    moved = scale_movement(given_model(args.model, config), merged)
     merging = logit_difference(model, merged)
     print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
     if not max(loading, merging) < 1e-3:
         raise RuntimeError(f"The adapter in {adapter_folder} does not compute what was trained.")
+    if moved:
+        layer = max(moved, key=moved.get)
+        print(f"Iteration scales moved by up to {moved[layer]:.2e} (layer {layer}).")
     adapter, total = model.get_nb_trainable_parameters()
     merged, _ = save_and_reload(merged, tokenizer, args.output_dir / "model")
     return merged, {
         "adapter_parameters": adapter,
         "model_parameters": total - adapter,
         "logit_difference": {"loading": loading, "merging": merging},
+        **({"iteration_scale_movement": moved} if moved else {}),
+    }
+
+
+def scale_movement(base: CoeForCausalLM, tuned: CoeForCausalLM) -> dict[int, float]:
+    """Largest change of an iteration scale, by layer; of a converted chain only. At scales of zero an iteration sees
+    nothing of those before it."""
+    return {
+        i: (layer.iteration_scale.weight.cpu() - before.iteration_scale.weight.cpu()).abs().max().item()
+        for i, (before, layer) in enumerate(zip(base.model.layers, tuned.model.layers, strict=True))
+        if hasattr(layer, "iteration_scale")
     }
 
 

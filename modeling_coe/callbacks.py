@@ -209,6 +209,9 @@ class BiasBalancer:
             raise ValueError(f"`speed` is {speed}; it must be greater than 0.")
         self.speed = speed
         self.routers = [module for module in base.modules() if hasattr(module, "e_score_correction_bias")]
+        for router in self.routers:  # `load_state_dict(assign=True)` may have brought half precision
+            if router.e_score_correction_bias.itemsize < torch.float32.itemsize:
+                router.e_score_correction_bias = router.e_score_correction_bias.float()
         # Which of them made each of the model's `router_indices`: without `use_igate`, one makes those of a layer.
         self._router_of_call, num_routers = [], 0
         for layer_idx in config.sparse_layers:

@@ -15,8 +15,8 @@
 
 Attention and shared experts are linear modules, which PEFT finds by name. Routed experts are fused 3D parameters and
 routers are parameters of modules that are not linear: PEFT reaches both by `target_parameters` only, and leaves them
-out without a word where they are named as modules. The scales of a converted chain are zero until they are trained, and
-a product of two matrices is no way to leave zero: they are trained whole, and saved with the adapter.
+out without a word where they are named as modules. The scales of a converted chain, a vector for each iteration, are
+trained whole and saved with the adapter.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def lora_config(
 ) -> LoraConfig:
     """A plain `peft.LoraConfig` that adapts what it is asked to in every layer, and nothing else.
 
-    Never adapted: embeddings, norms, the gate of Qwen's shared experts, and the MLPs of dense layers, which are no part
-    of a chain: name these in a `LoraConfig` of your own.
+    Never adapted: embeddings, norms, the gate of Qwen's shared experts, and the MLPs of dense layers, which are no
+    part of a chain: name these in a `LoraConfig` of your own.
 
     A matrix (out, in) gets `rank * (in + out)` parameters. Each of the N experts has two, as gate and up projection
     are one, so at the rank of attention the experts' adapters are by far the largest part; `expert_r` gives them a
@@ -85,8 +85,9 @@ def lora_config(
         routers (`bool`, defaults to `False`): Adapt the router of every iteration.
         shared_experts (`bool`, defaults to `True`): Adapt the shared experts, where there are any.
         iteration_scales (`bool`, defaults to `True`): Train the `iteration_scale` of converted chains, where there are
-            any: as `modules_to_save`, of which PEFT applies those of one adapter at a time. Without them a chain whose
-            scales are zero stays what it was converted from, whatever else is adapted.
+            any: as `modules_to_save`, of which PEFT applies one adapter's at a time, and which its `hotswap_adapter`
+            does not know (`load_adapter` and `set_adapter` do). Without them a chain whose scales are zero stays what
+            it was converted from, whatever else is adapted.
         r (`int`, defaults to 8): Rank of the adapters.
         expert_r (`int`, *optional*): Rank of the routed experts' adapters, `r` by default. `lora_alpha` applies to
             `r`; that of the experts is chosen so that `alpha / rank` is the same for all.
@@ -143,7 +144,8 @@ def lora_config(
     if parameters:
         _check_options_for_parameters(lora_kwargs)
 
-    if iteration_scales and config.upcycling is not None:
+    has_scales = config.upcycling is not None and any(config.num_iterations(i) > 1 for i in config.sparse_layers)
+    if iteration_scales and has_scales:
         lora_kwargs["modules_to_save"] = [*(lora_kwargs.get("modules_to_save") or ()), "iteration_scale"]
     options = {"task_type": _TASK_TYPES.get(type(model_or_config).__name__, "CAUSAL_LM"), "r": r, **lora_kwargs}
     if expert_r not in (None, r):

@@ -27,7 +27,6 @@ iteration, the layer that owns the chain, the models.
 Shapes: B batch, S length, T = B * S tokens, H hidden, N experts, K chosen per token and iteration, I expert width.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     OutputRecorder,
     capture_outputs,
-    maybe_install_capturing_hooks,
+    install_output_capuring_hook,
 )
 
 from .backbones import BACKBONES
@@ -106,12 +105,12 @@ class CoeRouter(DeepseekV2TopkRouter):
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
 
     def _apply(self, *args, **kwargs) -> "CoeRouter":
-        # What `model.to(dtype)`, `half()` and engines that call them do. A selection bias moves by a thousandth a step,
-        # which half precision cannot hold: it changes its place, and not to a narrower dtype.
+        # What `to`, `half` and the like do. A selection bias moves by a thousandth a step, which half precision cannot
+        # hold: it goes to another device, and to no dtype below float32.
         bias = getattr(self, "e_score_correction_bias", None)
         super()._apply(*args, **kwargs)
-        if bias is not None and self.e_score_correction_bias.itemsize < bias.itemsize:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        if bias is not None and self.e_score_correction_bias.itemsize < torch.float32.itemsize:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device, torch.float32)
         return self
 
     def forward(
@@ -350,10 +349,10 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     _no_split_modules = ["CoeDecoderLayer"]
     _keep_in_fp32_modules_strict = [r"mlp\.gate\b"]  # routers and their selection biases
     _can_record_outputs = {
-        "hidden_states": CoeDecoderLayer,
-        "attentions": [backbone.attention for backbone in BACKBONES.values()],
-        "router_logits": OutputRecorder(CoeRouter, index=0),
-        "router_indices": OutputRecorder(CoeRouter, index=2),
+        "hidden_states": [OutputRecorder(CoeDecoderLayer, index=0)],
+        "attentions": [OutputRecorder(backbone.attention, index=1) for backbone in BACKBONES.values()],
+        "router_logits": [OutputRecorder(CoeRouter, index=0)],
+        "router_indices": [OutputRecorder(CoeRouter, index=2)],
     }
 
     @torch.no_grad()
@@ -445,6 +444,22 @@ class CoeModelOutputWithPast(MoeModelOutputWithPast):
     router_indices: tuple[torch.Tensor, ...] | None = None
 
 
+class _CapturingHook:
+    """transformers' hook that records an output of a module, in a form that can be pickled."""
+
+    def __init__(self, key: str, index: int):
+        self.key, self.index = key, index
+        module = nn.Module()
+        install_output_capuring_hook(module, key, index)
+        (self.hook,) = module._forward_hooks.values()
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.hook(module, args, output)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.key, self.index)
+
+
 @auto_docstring
 class CoeModel(CoePreTrainedModel):
     def __init__(self, config: CoeConfig):
@@ -461,18 +476,17 @@ class CoeModel(CoePreTrainedModel):
         self.rotary_emb = backbone.rotary_embedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        # Training always records the routers; installed on first use, these hooks would break a compiled first call.
-        maybe_install_capturing_hooks(self)
+        self._install_capturing_hooks()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled or copied: all but the hooks that record, which cannot be, and are installed anew."""
-        state = _without_capturing_hooks(self).__dict__
-        del state["_output_capturing_hooks_installed"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        maybe_install_capturing_hooks(self)
+    def _install_capturing_hooks(self) -> None:
+        # Training always records the routers. transformers would install its hooks on first use, where they break a
+        # compiled first call, and cannot be pickled.
+        for key, recorders in self._can_record_outputs.items():
+            for recorder in recorders:
+                for module in self.modules():
+                    if isinstance(module, recorder.target_class):
+                        module.register_forward_hook(_CapturingHook(key, recorder.index))
+        self._output_capturing_hooks_installed = True
 
     @merge_with_config_defaults
     @capture_outputs
@@ -518,17 +532,6 @@ class CoeModel(CoePreTrainedModel):
                 **kwargs,
             )
         return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
-
-
-def _without_capturing_hooks(module: nn.Module) -> nn.Module:
-    """A module that shares everything with another but the hooks of transformers that record outputs."""
-    twin = module.__new__(type(module))
-    twin.__dict__ = module.__dict__.copy()
-    twin._forward_hooks = OrderedDict(
-        (key, hook) for key, hook in module._forward_hooks.items() if hook.__module__ != capture_outputs.__module__
-    )
-    twin._modules = {name: child and _without_capturing_hooks(child) for name, child in module._modules.items()}
-    return twin
 
 
 @dataclass

@@ -127,6 +127,27 @@ def test_vanishing_sigmoid_scores_give_a_finite_loss():
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_a_mask_says_true_or_false(seq_aux):
+    """Collators of packed rows number the sequences of a row in its mask."""
+    model = tiny_model(aux_loss_alpha=0.7, router_z_loss_coef=0.3, seq_aux=seq_aux).train()
+    input_ids = random_ids(2, 8)
+    numbered = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 0], [7, 7, 7, 7, 7, 7, 7, 7]])
+    truth = (numbered > 0).long()
+    for mask in (numbered, numbered.bool(), numbered.float(), -numbered):
+        expected = model(input_ids, attention_mask=truth, labels=input_ids)
+        output = model(input_ids, attention_mask=mask, labels=input_ids)
+        for name in ("aux_loss", "router_z_loss", "loss"):
+            torch.testing.assert_close(output[name], expected[name])
+    # The functions themselves, which others may call.
+    logits, indices = torch.randn(16, 8), torch.randint(8, (16, 2))
+    for loss in (
+        lambda mask: load_balancing_loss(logits, indices, batch_size=2, seq_aux=seq_aux, token_mask=mask),
+        lambda mask: router_z_loss(logits, token_mask=mask),
+    ):
+        torch.testing.assert_close(loss(numbered), loss(truth))
+
+
 @pytest.mark.parametrize("output_router_logits", [False, True])
 def test_loss_in_training_is_cross_entropy_plus_aux(output_router_logits):
     model = tiny_model(aux_loss_alpha=0.1, router_z_loss_coef=0.01)

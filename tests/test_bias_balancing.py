@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import BiasBalancer, BiasBalancingCallback
@@ -82,6 +82,53 @@ def test_a_step_moves_every_bias_against_its_load():
     assert not balancer.counts.any()
     balancer.step()  # nothing was counted
     assert all(bias.tolist() == [-0.25, 0.0, 0.0, 0.25, 0.0, 0.25] for bias in biases(model).values())
+
+
+def in_half_precision(way: str, dtype: torch.dtype, folder) -> torch.nn.Module:
+    model = aux_free_model(num_hidden_layers=1)
+    if way == "built":
+        return AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    if way == "cast":
+        return model.to(dtype)
+    if way == "method":
+        return model.bfloat16() if dtype == torch.bfloat16 else model.half()
+    if way == "part by part":
+        for layer in model.model.layers:
+            layer.to(dtype)
+        return model
+    if way == "assigned":
+        halves = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(halves, assign=True)
+        return model
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["built", "cast", "method", "part by part", "assigned", "loaded"])
+def test_small_steps_add_up_in_half_precision(tmp_path, way, dtype):
+    """A thousandth is lost beside 0.5 in bfloat16, and beside 4 in float16."""
+    model = in_half_precision(way, dtype, tmp_path)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == dtype
+    balancer = BiasBalancer(model, speed=1e-3)
+    for _ in range(5000):
+        balancer.counts.zero_()
+        balancer.counts[:, 0] = 8
+        balancer.step()
+    assert len(biases(model)) == 2
+    for bias in biases(model).values():
+        torch.testing.assert_close(bias, torch.tensor([-5.0] + [5.0] * 7), atol=0.01, rtol=0)
+
+
+def test_biases_follow_their_model_otherwise():
+    model = aux_free_model()
+    torch.nn.init.normal_(next(iter(biases(model).values())))
+    before = {name: bias.clone() for name, bias in biases(model).items()}
+    for wide in (torch.float64, torch.float32):
+        model.to(wide)
+        for name, bias in biases(model).items():
+            assert bias.dtype == wide and torch.equal(bias, before[name].to(wide))
+    assert all(bias.is_meta for bias in biases(model.to("meta", torch.bfloat16)).values())
 
 
 def test_biases_belong_to_the_router_that_was_counted():

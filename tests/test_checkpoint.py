@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -397,6 +399,140 @@ def test_state_dict_of_either_layout_loads_in_place(tmp_path):
             model = CoeForCausalLM(saved.config)
         model.load_state_dict(tensors, assign=True)
         assert_same_tensors(saved, model)
+
+
+class TestLoadStateDict:
+    """What torch promises of `load_state_dict` holds in the official layout as if each expert had its parameters."""
+
+    def official(self, folder, **overrides) -> dict[str, torch.Tensor]:
+        tiny_model(seed=1, **overrides).save_pretrained(folder)
+        return stored_tensors(folder)
+
+    def test_missing_tensors_are_missing(self, tmp_path):
+        stored = self.official(tmp_path)
+        lacking = {key: tensor for key, tensor in stored.items() if ".0.mlp.experts.3.up_proj" not in key}
+        (absent,) = stored.keys() - lacking.keys()
+        model = tiny_model(seed=2)
+        with pytest.raises(RuntimeError, match=re.escape(f'Missing key(s) in state_dict: "{absent}".')):
+            model.load_state_dict(lacking)
+        model = tiny_model(seed=2)
+        before = model.model.layers[0].mlp.experts.gate_up_proj[3].clone()
+        result = model.load_state_dict(lacking, strict=False)
+        assert result.missing_keys == [absent] and not result.unexpected_keys
+        after = model.model.layers[0].mlp.experts.gate_up_proj[3]
+        gate, up = after.chunk(2)
+        assert torch.equal(up, before.chunk(2)[1]), "what is missing stays as it is"
+        assert torch.equal(gate, stored[absent.replace("up_proj", "gate_proj")])
+        others = {
+            name: tensor for name, tensor in model.state_dict().items() if "layers.0.mlp.experts.gate" not in name
+        }
+        expected = tiny_model(seed=1).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in others.items())
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), assign=st.booleans())
+    def test_any_part_of_the_experts(self, tmp_path_factory, seed, share, assign):
+        """Against a module in which every expert's projections are parameters, as they are named on disk."""
+        stored = self.official(tmp_path_factory.mktemp("official"))
+        generator = torch.Generator().manual_seed(seed)
+        given = {key: tensor for key, tensor in stored.items() if torch.rand((), generator=generator) < share}
+        model = tiny_model(seed=2)
+        tiny_model(seed=2).save_pretrained(folder := tmp_path_factory.mktemp("model"))
+        expected = stored_tensors(folder)
+        model.load_state_dict(given, strict=False, assign=assign)
+        model.save_pretrained(folder)
+        for key, tensor in stored_tensors(folder).items():
+            assert torch.equal(tensor, given.get(key, expected[key])), key
+
+    def test_unexpected_tensors_are_unexpected(self, tmp_path):
+        stored = self.official(tmp_path)
+        extra = {f"model.layers.1.mlp.experts.8.{name}_proj.weight": torch.zeros(24, 32) for name in ("gate", "up")}
+        result = tiny_model(seed=2).load_state_dict(stored | extra, strict=False)
+        assert set(result.unexpected_keys) == extra.keys() and not result.missing_keys
+        # Both layouts at once: the fused one is the parameter's own, and the other one too much.
+        both = tiny_model(seed=3).state_dict() | {key: t for key, t in stored.items() if ".0.mlp.experts.0." in key}
+        model = tiny_model(seed=2)
+        assert len(model.load_state_dict(both, strict=False).unexpected_keys) == 3
+        assert_same_tensors(model, tiny_model(seed=3))
+
+    @pytest.mark.parametrize("shape", [(24, 31), (1, 32), (32,), ()], ids=str)
+    def test_other_shapes_are_errors(self, tmp_path, shape):
+        key = "model.layers.1.mlp.experts.5.gate_proj.weight"
+        stored = self.official(tmp_path) | {key: torch.zeros(shape)}
+        for strict in (True, False):
+            model = tiny_model(seed=2)
+            with pytest.raises(RuntimeError, match=re.escape(f"size mismatch for {key}: the shape is {list(shape)}")):
+                model.load_state_dict(stored, strict=strict)
+            assert torch.equal(
+                model.model.layers[1].mlp.experts.gate_up_proj,
+                tiny_model(seed=2).model.layers[1].mlp.experts.gate_up_proj,
+            )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_assign_takes_what_is_stored(self, tmp_path, dtype):
+        stored = {key: tensor.to(dtype) for key, tensor in self.official(tmp_path).items()}
+        model = tiny_model(seed=2)
+        model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
+        model.load_state_dict(stored)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        model.load_state_dict(stored, assign=True)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["model.layers.0.mlp.experts.down_proj"]
+        # A part in another dtype: no value is rounded.
+        model = tiny_model(seed=2).to(torch.bfloat16)
+        before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+        key = "model.layers.0.mlp.experts.5.down_proj.weight"
+        model.load_state_dict({key: stored[key]}, strict=False, assign=True)
+        after = model.model.layers[0].mlp.experts.down_proj
+        assert after.dtype == dtype and torch.equal(after[5], stored[key])
+        assert torch.equal(after[:5].to(torch.bfloat16), before[:5])
+
+    def test_an_incomplete_state_dict_leaves_a_meta_model_on_meta(self, tmp_path):
+        """Memory that nobody has written must not pass for weights."""
+        stored = self.official(tmp_path)
+        lacking = {key: tensor for key, tensor in stored.items() if ".1.mlp.experts.7." not in key}
+        with torch.device("meta"):
+            model = CoeForCausalLM(tiny_config())
+        result = model.load_state_dict(lacking, strict=False, assign=True)
+        left = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        assert left == {f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+        assert left <= set(result.missing_keys) and stored.keys() - lacking.keys() <= set(result.missing_keys)
+        assert len(result.unexpected_keys) == 7 * 3
+        with torch.device("meta"):
+            model = CoeForCausalLM(tiny_config())
+        with pytest.raises(RuntimeError, match=r"experts\.7\.down_proj"):
+            model.load_state_dict(lacking, assign=True)
+
+    def test_prefixes_and_the_caller_s_dictionary(self, tmp_path):
+        stored = self.official(tmp_path, upcycling="refine")
+        names = set(stored)
+        wrapper = torch.nn.ModuleDict({"inner": tiny_model(seed=2, upcycling="refine")})
+        wrapper.load_state_dict({f"inner.{key}": tensor for key, tensor in stored.items()})
+        assert_same_tensors(wrapper["inner"], tiny_model(seed=1, upcycling="refine"))
+        layer = tiny_model(seed=2, upcycling="refine").model.layers[1]
+        prefix = "model.layers.1."
+        part = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        layer.load_state_dict(part)
+        assert_same_tensors(layer, wrapper["inner"].model.layers[1])
+        assert stored.keys() == names
+
+    def test_scales_under_their_name_on_disk(self, tmp_path):
+        model = tiny_model(seed=1, upcycling="split")
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.iteration_scale.weight)
+        for official_layout in (True, False):
+            model.save_pretrained(tmp_path, save_original_format=official_layout)
+            stored = stored_tensors(tmp_path)
+            name = "iteration_scale" if official_layout else "iteration_scale.weight"
+            assert {key for key in stored if "scale" in key} == {f"model.layers.{i}.{name}" for i in range(2)}
+            again = tiny_model(seed=2, upcycling="split")
+            again.load_state_dict(stored)
+            assert_same_tensors(again, model)
+            assert_same_tensors(load_cleanly(tmp_path), model)
+            del stored[f"model.layers.1.{name}"]
+            with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.iteration_scale"):
+                again.load_state_dict(stored)
 
 
 def test_adapter_folder_loads_through_the_auto_class(tmp_path):

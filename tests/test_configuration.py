@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from configuration_coe import CoeConfig
 from modeling_coe import CoeModel
 
-from .helpers import RESIDUAL_FLAGS, tiny_config, tiny_model
+from .helpers import RESIDUAL_FLAGS, TINY, tiny_config, tiny_model
 
 
 OFFICIAL = {
@@ -90,6 +90,13 @@ def test_residual_rules(rule, flags):
         ({"num_experts_per_tok": None}, ["num_experts_per_tok", "None"]),
         ({"n_routed_experts": 0}, ["n_routed_experts", "0"]),
         ({"n_shared_experts": -1}, ["n_shared_experts", "-1"]),
+        ({"shared_expert_intermediate_size": -1}, ["shared_expert_intermediate_size", "-1", "0 or more"]),
+        ({"pad_token_id": 99}, ["pad_token_id", "99", "vocab_size=99", "None"]),
+        ({"pad_token_id": -100}, ["pad_token_id", "-100", "vocab_size=99"]),
+        ({"vocab_size": 0, "pad_token_id": None}, ["vocab_size", "0", "1 or more"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0", "1 or more"]),
+        ({"backbone": "qwen3", "head_dim": 0}, ["head_dim", "0", "1 or more"]),
+        ({"topk_method": "noaux_tc", "n_group": 0}, ["n_group=0", "divisor"]),
         ({"moe_layer_freq": 0}, ["moe_layer_freq", "0"]),
         ({"first_k_dense_replace": -1}, ["first_k_dense_replace", "-1"]),
         ({"aux_loss_alpha": -0.1}, ["aux_loss_alpha", "-0.1"]),
@@ -127,6 +134,19 @@ def test_bad_values_name_field_value_and_remedy(fields, named):
         tiny_config(**fields)
     for text in named:
         assert text in str(error.value)
+
+
+def test_zero_is_a_value_and_not_the_default():
+    """Where a width follows from others when it is not given."""
+    for backbone in ("deepseek_v2", "qwen2_moe"):
+        config = tiny_config(backbone=backbone, shared_expert_intermediate_size=0)
+        assert config.shared_expert_width == 0
+        model = tiny_model(backbone=backbone, shared_expert_intermediate_size=0)
+        assert not any("shared_expert" in name for name, _ in model.named_parameters())
+        assert config.total_parameters == model.num_parameters()
+        assert not any("shared_experts" in name for name in config.base_model_tp_plan)
+    assert tiny_config(shared_expert_intermediate_size=40).shared_expert_width == 40
+    assert tiny_config().shared_expert_width == TINY["moe_intermediate_size"]
 
 
 def test_fields_set_later_are_checked_when_a_model_is_built(tmp_path):

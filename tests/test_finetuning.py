@@ -16,6 +16,8 @@ from corpus import load_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_coe import CoeConfig, CoeForCausalLM
+
 from .test_pretrain import TINY_RUN, finish, has_checkpoint, losses, start_script, write_rows
 
 
@@ -161,6 +163,23 @@ class TestLora:
         assert results["model_parameters"] == AutoModelForCausalLM.from_pretrained(base).num_parameters()
         saved = {path.name for path in (runs["finetune_lora"] / "checkpoint-24").iterdir()}
         assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+
+    def test_a_converted_chain_learns_to_communicate(self, base, data, tmp_path, capsys):
+        """Its scales, zero before, are part of the adapter and of the merged model, and the log tells how large."""
+        chain = AutoModelForCausalLM.from_pretrained(base)
+        converted = CoeForCausalLM(CoeConfig(**chain.config.to_dict() | {"upcycling": "refine"}))
+        converted.load_state_dict(chain.state_dict(), strict=False)
+        converted.save_pretrained(tmp_path / "chain")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "chain")
+        finetune_lora.main(options("finetune_lora", tmp_path / "chain", tmp_path / "run", data))
+        moved = results_of(tmp_path / "run")["iteration_scale_movement"]
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        for i, layer in enumerate(tuned.model.layers):
+            assert (
+                moved[str(i)] == pytest.approx(layer.iteration_scale.weight.abs().max().item())
+                and moved[str(i)] > 1e-3
+            )
+        assert f"Iteration scales moved by up to {max(moved.values()):.2e}" in capsys.readouterr().out
 
     def test_loading_and_merging_keep_the_logits(self, runs):
         difference = results_of(runs["finetune_lora"])["logit_difference"]

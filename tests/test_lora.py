@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modeling_coe import CoeConfig, CoeForSequenceClassification
 from modeling_coe.lora import lora_config
@@ -121,11 +123,91 @@ def test_a_new_adapter_changes_nothing():
     assert_equal_up_to_rounding(model(input_ids).logits, expected)
 
 
-def test_a_learned_scale_is_not_adapted():
-    model = adapted({"upcycling": "refine"}, **EVERYTHING)
-    scales = [name for name, _ in model.named_parameters() if "iteration_scale" in name]
-    assert len(scales) == 2 and not any("lora" in name or "base_layer" in name for name in scales)
-    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in scales)
+class TestIterationScales:
+    """A converted chain begins to communicate in low-rank tuning too: its scales of zero are trained as a whole."""
+
+    def base(self, **overrides):
+        return tiny_model(num_hidden_layers=3, first_k_dense_replace=1, norm_topk_prob=True, **overrides)
+
+    def trained(self, base, config, steps: int = 5):
+        model = peft.get_peft_model(base, config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(3)
+        input_ids = random_ids(2, 12)
+        for _ in range(steps):
+            model(input_ids, labels=input_ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    @staticmethod
+    def scales(model) -> list[torch.Tensor]:
+        return [p.detach() for n, p in model.named_parameters() if re.search(r"iteration_scale\b(?!.*lora_)", n)]
+
+    @pytest.mark.parametrize("upcycling", ["refine", "split"])
+    @pytest.mark.parametrize("experts", [False, True])
+    def test_move_and_are_kept(self, tmp_path, upcycling, experts):
+        base = self.base(upcycling=upcycling)
+        model = self.trained(base, lora_config(base, experts=experts, r=2))
+        input_ids = random_ids(2, 9)
+        with torch.no_grad():
+            expected = model(input_ids).logits
+            with model.disable_adapter():
+                assert_equal_up_to_rounding(model(input_ids).logits, self.base(upcycling=upcycling)(input_ids).logits)
+            model.save_pretrained(tmp_path)
+            saved = load_file(tmp_path / "adapter_model.safetensors")
+            assert sum("iteration_scale" in name for name in saved) == 2
+            again = peft.PeftModel.from_pretrained(self.base(upcycling=upcycling), tmp_path).eval()
+            assert_equal_up_to_rounding(again(input_ids).logits, expected)
+            merged = again.merge_and_unload()
+            assert_equal_up_to_rounding(merged(input_ids).logits, expected)
+            assert [name for name, _ in merged.named_parameters()] == [
+                n for n, _ in self.base(upcycling=upcycling).named_parameters()
+            ]
+            assert len(self.scales(merged)) == 2 and all(scale.abs().max() > 1e-3 for scale in self.scales(merged))
+            # What the iterations say to each other is part of the function.
+            for scale in self.scales(merged):
+                scale.zero_()
+            assert (merged(input_ids).logits - expected).abs().max() > 1e-3
+
+    def test_switch_with_their_adapter(self, tmp_path):
+        for name, steps in (("first", 3), ("second", 6)):
+            base = self.base(upcycling="refine")
+            self.trained(base, lora_config(base, r=2), steps).save_pretrained(tmp_path / name)
+        input_ids = random_ids(2, 9)
+        both = peft.PeftModel.from_pretrained(self.base(upcycling="refine"), tmp_path / "first", adapter_name="first")
+        both.load_adapter(tmp_path / "second", "second")
+        for name in ("second", "first"):
+            both.set_adapter(name)
+            alone = peft.PeftModel.from_pretrained(self.base(upcycling="refine"), tmp_path / name)
+            with torch.no_grad():
+                assert_equal_up_to_rounding(both.eval()(input_ids).logits, alone.eval()(input_ids).logits)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_by_the_options_of_peft_alone(self, dtype):
+        """As whoever writes a `LoraConfig` of their own would name them."""
+        base = self.base(upcycling="refine").to(dtype)
+        config = peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["iteration_scale"], r=2)
+        model = self.trained(base, config)
+        assert model(random_ids(1, 5)).logits.dtype == dtype
+        assert all(scale.abs().max() > 1e-3 for scale in self.scales(model.merge_and_unload()))
+
+    def test_are_left_out_on_demand_and_where_there_are_none(self):
+        for config in (
+            tiny_config(),
+            tiny_config(prenorm_residual=True),
+            tiny_config(upcycling="split", chain_layers=[]),
+        ):
+            assert lora_config(config).modules_to_save is None
+        assert lora_config(tiny_config(upcycling="split"), iteration_scales=False).modules_to_save is None
+        both = lora_config(tiny_config(upcycling="split"), modules_to_save=["lm_head"]).modules_to_save
+        assert set(both) == {"lm_head", "iteration_scale"}
+
+    def test_under_checkpointing(self):
+        base = self.base(upcycling="split")
+        enable_checkpointing(base, {"use_reentrant": False})
+        model = self.trained(base, lora_config(base, r=2))
+        assert all(scale.abs().max() > 1e-3 for scale in self.scales(model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_alpha": 32}, {"lora_alpha": 32, "use_rslora": True}])

@@ -37,11 +37,11 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2PreTrainedModel,
     DeepseekV2TopkRouter,
 )
-from transformers.utils import hub
+from transformers.utils import hub, output_capturing
 
 import modeling_coe.callbacks  # noqa: F401  not imported by the package itself
 from model_cards import cards
-from modeling_coe import CoeForCausalLM
+from modeling_coe import CoeForCausalLM, CoeModel
 from modeling_coe.attention import CoeAttention
 from modeling_coe.modeling_coe import CoeExperts, CoePreTrainedModel, CoeRouter
 
@@ -229,8 +229,26 @@ class TestModels:
             "routing statistics do not find a Chain-of-Experts model inside another"
         )
         routers = [module for module in model.modules() if isinstance(module, CoeRouter)]
-        assert all(router._forward_hooks for router in routers), (
-            "`maybe_install_capturing_hooks` does not install them: a first call that is compiled records no router"
+        assert (
+            all(len(router._forward_hooks) == 2 for router in routers)
+            and model.model._output_capturing_hooks_installed
+        )
+        output_capturing.maybe_install_capturing_hooks(model.model)
+        assert all(len(router._forward_hooks) == 2 for router in routers), (
+            "`_output_capturing_hooks_installed` is not read: every router would be recorded, and balanced, twice"
+        )
+        module = nn.Module()
+        output_capturing.install_output_capuring_hook(module, "router_logits", 0)
+        assert len(module._forward_hooks) == 1, "`install_output_capuring_hook` installs another number of hooks"
+
+        class Other(CoeModel):
+            pass
+
+        assert str(Other) in output_capturing._CAN_RECORD_REGISTRY
+        other = CoeModel(tiny_config())
+        other.__class__ = Other  # as FSDP2 does
+        assert other(random_ids(1, 5), output_router_logits=True).router_logits, (
+            "`_CAN_RECORD_REGISTRY` has other keys: sharded and unpickled models record no routers, and balance none"
         )
         with torch.no_grad():
             outputs = model.model(random_ids(1, 5), output_router_logits=True, output_router_indices=True)
@@ -399,6 +417,42 @@ class TestTraining:
         linear = nn.Linear(2, 2)
         hooks.add_hook_to_module(linear, hooks.ModelHook())
         assert "forward" in vars(linear), "`CoeAttention` would read an offloaded projection's weight"
+
+    def test_casting_a_module(self):
+        calls = []
+
+        class Watched(nn.Linear):
+            def _apply(self, *args, **kwargs):
+                calls.append(1)
+                return super()._apply(*args, **kwargs)
+
+        model = nn.Sequential(Watched(2, 2))
+        for cast in (model.half, model.bfloat16, lambda: model.to(torch.float16), model.float):
+            cast()
+        assert len(calls) == 4, "`_apply` is not asked: selection biases would be cast, and small steps of them lost"
+
+    def test_transforms_are_told(self):
+        seen = []
+
+        def function(x):
+            seen.append(torch._C._are_functorch_transforms_active())
+            return x.sum()
+
+        function(torch.ones(2))
+        torch.func.grad(function)(torch.ones(2))
+        assert seen == [False, True], (
+            "transforms of `torch.func` cannot be told: `grouped_mm` experts would raise there"
+        )
+
+    def test_assigning_is_told(self):
+        seen = []
+        module = nn.Linear(2, 2)
+        module.register_load_state_dict_pre_hook(
+            lambda *args: seen.append(args[3].get("assign_to_params_buffers", False))
+        )
+        for assign in (False, True):
+            module.load_state_dict(nn.Linear(2, 2).state_dict(), assign=assign)
+        assert seen == [False, True], "`assign=True` cannot be told: experts would be loaded in the model's dtype"
 
     def test_hooks_of_a_module(self):
         linear = nn.Linear(2, 2)

@@ -1,10 +1,17 @@
 """What users expect of a causal language model in transformers, beyond loading and generating."""
 
 import copy
+import os
+import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2Model
 
 from configuration_coe.configuration_coe import BACKBONES
@@ -19,6 +26,7 @@ from modeling_coe import (
 from .helpers import (
     EXPERTS_BACKENDS,
     RESIDUAL_FLAGS,
+    ROOT,
     TINY,
     assert_equal_up_to_rounding,
     random_ids,
@@ -188,8 +196,9 @@ def test_torch_export(backend):
         assert_equal_up_to_rounding(exported.logits, model(input_ids).logits)
 
 
-def test_device_map_offloads_to_disk(tmp_path):
-    model = tiny_model()
+@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+def test_device_map_offloads_to_disk(tmp_path, rule):
+    model = chain_that_talks(rule)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
     device_map |= {"model.layers.1": "disk", "model.norm": "cpu", "lm_head": "cpu"}
@@ -200,6 +209,183 @@ def test_device_map_offloads_to_disk(tmp_path):
     with torch.no_grad():
         assert_equal_up_to_rounding(offloaded(input_ids).logits, model(input_ids).logits)
     assert model._no_split_modules == {"CoeDecoderLayer"}
+
+
+def chain_that_talks(rule: str, **overrides) -> CoeForCausalLM:
+    """A tiny model of a residual rule, of which a converted chain has scales that are not zero."""
+    model = tiny_model(**RESIDUAL_FLAGS[rule], norm_topk_prob=True, **overrides)
+    for name, parameter in model.named_parameters():
+        if "iteration_scale" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def copied(value):
+    """As who moves the arguments of a module to its device, casts them or gathers its weights passes them on."""
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_module_writes_into_its_arguments(rule, training):
+    """Each computes the same when it gets copies of them, and its caller a copy of what it returns."""
+    model = chain_that_talks(rule, aux_loss_alpha=0.1).train(training)
+    input_ids = random_ids(2, 9)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        output = model(input_ids, labels=input_ids, use_cache=False)
+        output.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        return output.logits, gradients
+
+    expected = run()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, args, kwargs: copied((args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, output: copied(output))
+    logits, gradients = run()
+    assert_equal_up_to_rounding(logits, expected[0])
+    for actual, wanted in zip(gradients, expected[1], strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["inner", "split"])
+def test_hooks_of_accelerate_on_every_module(rule):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = chain_that_talks(rule)
+    hooked = copy.deepcopy(model)
+    for module in hooked.modules():
+        if module is not hooked:
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    input_ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert_equal_up_to_rounding(hooked(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("rule", ["inner", "refine", "split"])
+@pytest.mark.parametrize("units", ["layer", "mlp", "experts", "mlp and experts", "base"])
+@pytest.mark.parametrize("param_dtype", [None, torch.float32], ids=["as it is", "mixed precision"])
+def test_units_of_fsdp2(rule, units, param_dtype):
+    """Sharding changes no loss, balancing included, and no gradient, whatever its units are. (One process: parameters
+    are gathered and released, and arguments cast, as among many.)"""
+    model = chain_that_talks(rule, aux_loss_alpha=0.5).train()
+    input_ids = random_ids(2, 9)
+    expected = model(input_ids, labels=input_ids)
+    expected.loss.backward()
+    sharded = chain_that_talks(rule, aux_loss_alpha=0.5).train()
+    sharded.load_state_dict(model.state_dict())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in sharded.model.layers:
+            modules = {"layer": [layer], "mlp": [layer.mlp], "experts": [layer.mlp.experts], "base": []}
+            modules["mlp and experts"] = [layer.mlp.experts, layer.mlp]
+            for module in modules[units]:
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(sharded.model if units == "base" else sharded, mesh=mesh, mp_policy=policy)
+        output = sharded(input_ids, labels=input_ids)
+        assert output.aux_loss is not None
+        torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=0)
+        output.loss.backward()
+        for (name, parameter), wanted in zip(sharded.named_parameters(), model.parameters(), strict=True):
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            torch.testing.assert_close(gradient, wanted.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    finally:
+        dist.destroy_process_group()
+
+
+UNPICKLE = """
+import pickle, sys, torch
+model, input_ids = pickle.load(sys.stdin.buffer)
+output = model(input_ids, labels=input_ids, output_router_logits=True)
+pickle.dump((output.loss, output.logits, len(output.router_logits)), sys.stdout.buffer)
+"""
+
+
+@pytest.mark.parametrize("backbone", ["deepseek_v2", "qwen3_moe"])
+@pytest.mark.parametrize("history", ["fresh", "trained", "loaded", "unpickled", "adapted"])
+def test_pickled_into_another_process(history, backbone, tmp_path):
+    """What `spawn`, some launchers and `torch.save(model)` do. The routers are recorded, and balanced, there too."""
+    model = tiny_model(aux_loss_alpha=0.5, backbone=backbone).train()
+    input_ids = random_ids(2, 9)
+    if history == "trained":
+        model(input_ids, labels=input_ids, output_hidden_states=True).loss.backward()
+    elif history == "loaded":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    elif history == "unpickled":
+        model = pickle.loads(pickle.dumps(model))
+    elif history == "adapted":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).train()
+    run = subprocess.run(
+        [sys.executable, "-c", UNPICKLE],
+        input=pickle.dumps((model, input_ids)),
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    loss, logits, num_calls = pickle.loads(run.stdout)
+    expected = model(input_ids, labels=input_ids)
+    assert expected.aux_loss is not None and num_calls == 4
+    assert_equal_up_to_rounding(logits, expected.logits)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-4, rtol=0)
+
+
+def test_a_saved_model_object(tmp_path):
+    model = tiny_model()
+    seen = []
+    torch.save(model, tmp_path / "model.pt")
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model(random_ids(1, 3))
+    assert seen == [1], "pickling leaves the model's own hooks"
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    input_ids = random_ids(1, 5)
+    with torch.no_grad():
+        output = again(input_ids, output_router_logits=True, output_hidden_states=True)
+        assert_equal_up_to_rounding(output.logits, model(input_ids).logits)
+    assert len(output.router_logits) == 4 and len(output.hidden_states) == 3
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "torch_grouped_mm", "batched_mm"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_computes_other_inputs(experts):
+    """As exporters trace it: with other lengths, and tokens that choose other experts."""
+    model = tiny_model()
+    model.set_experts_implementation(experts)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids, use_cache=False).logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits().eval(), random_ids(2, 10), check_trace=False)
+        for shape in ((1, 7), (3, 20), (2, 1)):
+            input_ids = random_ids(*shape)
+            assert_equal_up_to_rounding(traced(input_ids), model(input_ids).logits)
+
+
+def test_transforms_of_torch_func():
+    """Gradients of each sequence, with the default experts."""
+    model = tiny_model(aux_loss_alpha=0.1).train()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    input_ids = random_ids(3, 8)
+
+    def loss(parameters, sequence):
+        arguments = {"labels": sequence[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, (sequence[None],), arguments).loss
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, input_ids)
+    for i, sequence in enumerate(input_ids):
+        model.zero_grad()
+        model(sequence[None], labels=sequence[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][i], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
