@@ -4,6 +4,7 @@
 those of the official implementation included.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 from transformers import (
@@ -21,7 +22,7 @@ from transformers.utils import CONFIG_NAME
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
-from .lora import lora_config
+from .lora import lora_config, register_default_targets
 from .modeling_coe import (
     CoeForCausalLM,
     CoeForQuestionAnswering,
@@ -47,6 +48,10 @@ for _auto_class, _model_class in (
     _auto_class.register(CoeConfig, _model_class, exist_ok=True)
     # Saved folders then carry the code of the class.
     _model_class.register_for_auto_class(_auto_class)
+    # Where pipelines and `transformers serve` look for the class that a folder's `architectures` names. Not the module
+    # of an `import` above: transformers puts another in its place while it is imported.
+    setattr(import_module("transformers"), _model_class.__name__, _model_class)
+register_default_targets()
 
 
 def _megablocks_experts_forward(*args):

@@ -117,6 +117,16 @@ def _gains_nothing(
     )
 
 
+def check_adaptable(weight: torch.Tensor) -> None:
+    """Raises `ValueError` where a weight of the experts is of torchao's, to which PEFT cannot add an adapter."""
+    if type(weight).__module__.startswith("torchao."):
+        raise ValueError(
+            f"The routed experts are quantised ({type(weight).__name__}): PEFT adapts parameters by adding to them, "
+            "which such tensors cannot do. Adapt attention, shared experts and routers alone, `lora_config(model, "
+            "experts=False)`, or load the model without `quantization_config`."
+        )
+
+
 # What `sharing_weights` uses of PEFT's `ParamWrapper`: all of it or, where a name is missing, nothing.
 _PARAM_WRAPPER = ("_activate_lora", "merged_adapters", "merged", "disable_adapters", "active_adapters", "base_layer")
 
@@ -147,6 +157,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         return
     with ExitStack() as stack:
         for wrapper in wrappers:
+            check_adaptable(experts.gate_up_proj)
             if not wrapper.merged and not wrapper.disable_adapters:
                 stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
                 # They are in the weights meanwhile, and its own forward must not add them again.

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_coe import CoeConfig
+from .experts import check_adaptable
 
 
 if TYPE_CHECKING:
@@ -99,8 +101,8 @@ def lora_config(
     Raises:
         ImportError: PEFT is not installed.
         TypeError: Not a Chain-of-Experts model or configuration, or `lora_kwargs` repeat what the arguments say.
-        ValueError: Nothing is adapted, experts or routers are asked for where no layer has any, or an option cannot
-            be applied to them.
+        ValueError: Nothing is adapted, experts or routers are asked for where no layer has any, experts are quantised,
+            or an option cannot be applied to them.
     """
     try:
         from peft import LoraConfig
@@ -143,6 +145,8 @@ def lora_config(
         )
     if parameters:
         _check_options_for_parameters(lora_kwargs)
+    if experts and isinstance(model_or_config, nn.Module):
+        _check_experts_are_plain(model_or_config)
 
     has_scales = config.upcycling is not None and any(config.num_iterations(i) > 1 for i in config.sparse_layers)
     if iteration_scales and has_scales:
@@ -151,6 +155,24 @@ def lora_config(
     if expert_r not in (None, r):
         _set_expert_rank(options, expert_r, is_alone=not modules and not routers)
     return LoraConfig(target_modules=modules, target_parameters=parameters or None, **options)
+
+
+# What other families call the parts of latent attention that take their place.
+_LATENT_PARTS = {"q_proj": "q_b_proj", "k_proj": "kv_b_proj", "v_proj": "kv_b_proj"}
+
+
+def register_default_targets() -> None:
+    """Enters chains into PEFT's tables of what a method adapts when its configuration does not say: what it adapts of
+    Llama, under the names that each backbone has. Does nothing where PEFT is not installed."""
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for name in dir(constants):
+        table = getattr(constants, name)
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            modules = [part for module in table["llama"] for part in (module, _LATENT_PARTS.get(module, module))]
+            table[CoeConfig.model_type] = list(dict.fromkeys(modules))
 
 
 def _attention_modules(config: CoeConfig) -> list[str]:
@@ -175,6 +197,12 @@ def _check_options_for_parameters(options: dict[str, Any]) -> None:
             f"`init_lora_weights={init!r}` reads the weight of a linear module, which experts and routers are not. "
             f"Choose one of {_INITS_FOR_PARAMETERS}, or set `experts=False` and `routers=False`."
         )
+
+
+def _check_experts_are_plain(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            check_adaptable(parameter)
 
 
 def _set_expert_rank(options: dict[str, Any], expert_r: int, is_alone: bool) -> None:

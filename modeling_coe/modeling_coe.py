@@ -51,6 +51,13 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Experts,
     DeepseekV2MLP,
@@ -58,7 +65,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2TopkRouter,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
@@ -78,7 +85,11 @@ from .checkpoint import (
 )
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
+from .quantization import layer_recipe
 from .releases import CACHE, slice_logits_to_keep, takes_cache
+
+
+logger = logging.get_logger(__name__)
 
 
 class CoeRouter(DeepseekV2TopkRouter):
@@ -369,6 +380,10 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         # model, and a process that unpickles one builds none: no router would be recorded, nor balanced, there.
         _CAN_RECORD_REGISTRY.setdefault(str(cls), cls._can_record_outputs)
 
+    def _get_name(self) -> str:
+        # The name that tables of names hold (see the end of this file), FSDP2's class or not.
+        return self._model_class().__name__
+
     @classmethod
     def _model_class(cls) -> type:
         """This class, or the one below it where FSDP2 made `cls`, whose module is torch's."""
@@ -389,7 +404,10 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
                 if isinstance(transform, WeightRenaming):
                     keys = [transform.rename_source_key(key)[0] for key in keys]
             check_chain_keys(keys, model.config)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+        if load_config.hf_quantizer is not None:
+            load_config.hf_quantizer.quantization_config = layer_recipe(load_config.hf_quantizer.quantization_config)
+        return loaded
 
     def save_pretrained(
         self,
@@ -506,6 +524,8 @@ class CoeModel(CoePreTrainedModel):
             raise ValueError("You must pass exactly one of input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if cache is not None:
+            self._check_cached_latents(cache)
 
         # One mask per kind of layer where the backbone has kinds; `generate` may have made them already.
         masks = attention_mask
@@ -532,6 +552,19 @@ class CoeModel(CoePreTrainedModel):
                 **kwargs,
             )
         return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def _check_cached_latents(self, cache: Cache) -> None:
+        """Refuses the keys and values of heads, which PEFT's prefix tuning makes, where attention has latents."""
+        attention, cached = self.layers[0].self_attn, getattr(cache.layers[0], "keys", None) if cache.layers else None
+        latent = (1, getattr(attention, "kv_lora_rank", None))  # heads and width
+        if latent[1] is None or not isinstance(cached, torch.Tensor) or cached.dim() != 4:
+            return
+        if (cached.shape[1], cached.shape[3]) != latent:
+            raise ValueError(
+                f"The cache holds keys of {cached.shape[1]} heads of width {cached.shape[3]}, but "
+                f"`backbone={self.config.backbone!r}` caches one latent of width `kv_lora_rank={latent[1]}` for all "
+                "heads. Prefix tuning does not fit latent attention; use prompt tuning or LoRA."
+            )
 
 
 @dataclass
@@ -657,6 +690,12 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
                 token_mask=_token_mask(attention_mask, length),
                 sequence_ids=None if position_ids is None else packed_sequences(position_ids, batch_size),
             )
+        if labels is None and aux_loss is not None and self.training and "num_items_in_batch" in kwargs:
+            logger.warning_once(
+                "The loss is computed outside of the model (`label_smoothing_factor` or `compute_loss_func`), without "
+                f"its balancing term (`aux_loss_alpha={self.config.aux_loss_alpha}`). Add `config.aux_loss_alpha * "
+                "outputs.aux_loss` in a `compute_loss_func`, or balance by selection biases."
+            )
         if labels is not None:
             if labels.shape != logits.shape[:-1]:
                 raise ValueError(
@@ -717,6 +756,17 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
+
+# Tables of names. `Trainer` shifts the labels that it smooths for the classes in one alone: others would learn to
+# repeat their input. Pipelines, servers and harnesses look there too.
+for _names, _model_class in (
+    (MODEL_MAPPING_NAMES, CoeModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CoeForCausalLM),
+    (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, CoeForSequenceClassification),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, CoeForTokenClassification),
+    (MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, CoeForQuestionAnswering),
+):
+    _names[CoeConfig.model_type] = _model_class.__name__
 
 __all__ = [
     "CoeForCausalLM",

@@ -19,17 +19,16 @@ their dtype, and nobody says so: a model "in 8 bit" may hold nine tenths of its 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
-
-
-if TYPE_CHECKING:
-    from transformers import TorchAoConfig
+from transformers import TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 ROUTED_EXPERTS = "routed experts"
@@ -140,12 +139,28 @@ def int8_weight_only() -> TorchAoConfig:
         raise ImportError(
             "`int8_weight_only` needs torchao, which is not installed: `pip install torchao`."
         ) from error
-    from transformers import TorchAoConfig
 
     int8 = Int8WeightOnlyConfig()
     # torchao knows parameters that are not called `weight` by name only.
     experts, linear = r"re:.*\.mlp\.experts\.(gate_up|down)_proj", r"re:.*_proj(_with_mqa)?\.weight"
     return TorchAoConfig(FqnToConfig({experts: int8, linear: int8}))
+
+
+class _LayerRecipe(TorchAoConfig):
+    def get_apply_tensor_subclass(self) -> Any:
+        recipe = super().get_apply_tensor_subclass()
+        first, *others = getattr(recipe, "fqn_to_config", {None: recipe}).values()
+        return first if all(other == first for other in others) else recipe
+
+
+def layer_recipe(config: QuantizationConfigMixin) -> QuantizationConfigMixin:
+    """The configuration of a loaded model's quantiser, such that whoever quantises a linear module of it anew (PEFT
+    does, after merging an adapter) gets what torchao takes for a module, where the model has a single recipe."""
+    if type(config) is not TorchAoConfig:
+        return config
+    config = copy.copy(config)
+    config.__class__ = _LayerRecipe
+    return config
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, int, int, bool]]:

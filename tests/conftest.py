@@ -11,6 +11,8 @@ import openmp  # noqa: F401  the examples' own, before torch
 import pytest
 import setuptools  # noqa: F401  torch's compiler imports it, which fails after somebody has imported distutils
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
@@ -39,6 +41,17 @@ def own_compiler_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte-level character."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {character: 3 + i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:96])}
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture

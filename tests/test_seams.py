@@ -431,6 +431,12 @@ class TestTraining:
             cast()
         assert len(calls) == 4, "`_apply` is not asked: selection biases would be cast, and small steps of them lost"
 
+    def test_a_class_tells_its_name(self):
+        model = tiny_model()
+        assert repr(model).startswith("CoeForCausalLM(") and model._get_name() == "CoeForCausalLM", (
+            "`_get_name` is not what names a class: `Trainer` would not shift the labels that it smooths under FSDP2"
+        )
+
     def test_transforms_are_told(self):
         seen = []
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from modeling_coe.releases import CHECKPOINTING
@@ -104,17 +103,6 @@ def test_evaluation_loss_is_the_cross_entropy(tmp_path):
         logits = model.eval()(input_ids).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-4)
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte-level character."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {character: 3 + i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:96])}
-    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def test_trl_sft_trainer(tmp_path, tokenizer):
