@@ -35,6 +35,7 @@ ROUTED_EXPERTS = "routed experts"
 # The first that matches the name of a parameter is its kind.
 _KINDS = (
     ("lora_", "adapters"),
+    (".modules_to_save.", "adapters"),
     (".mlp.experts.", ROUTED_EXPERTS),
     (".mlp.shared_expert", "shared experts"),
     (".mlp.gate.", "routers"),

@@ -511,6 +511,31 @@ def test_generation_with_an_adapter_is_that_of_the_merged_model():
     assert torch.equal(model.merge_and_unload().generate(input_ids=input_ids, **options), expected)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's name of the cache
+def test_prompts_and_prefixes(backbone):
+    """PEFT's prefixes are keys and values of heads: there are none in a cache of latents. Prompts fit all."""
+    num_heads = {"num_attention_heads": 2} if backbone == "deepseek_v3" else {}
+    input_ids = random_ids(2, 6)
+    for method in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
+        model = tiny_model(**{"backbone": backbone, **BACKBONES[backbone], **num_heads})
+        heads = {} if "head_dim" not in BACKBONES[backbone] else {"token_dim": 4 * 16, "num_attention_heads": 4}
+        model = peft.get_peft_model(
+            model,
+            method(
+                task_type="CAUSAL_LM", num_virtual_tokens=3, **(heads if method is peft.PrefixTuningConfig else {})
+            ),
+        )
+        if backbone in ("deepseek_v2", "deepseek_v3") and method is peft.PrefixTuningConfig:
+            with pytest.raises(
+                ValueError, match=r"kv_lora_rank=16.*Prefix tuning does not fit.*prompt tuning or LoRA"
+            ):
+                model(input_ids, labels=input_ids)
+        else:
+            model(input_ids, labels=input_ids).loss.backward()
+            assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_the_task_follows_the_model():
     assert lora_config(tiny_config()).task_type == "CAUSAL_LM"
     classifier = CoeForSequenceClassification(tiny_config())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from modeling_coe.lora import lora_config
 from modeling_coe.quantization import ROUTED_EXPERTS, int8_weight_only, quantization_report
 
 from .helpers import assert_equal_up_to_rounding, random_ids, tiny_model
@@ -66,6 +67,10 @@ def test_adapters_and_a_learned_scale_are_parameters_too():
     report = quantization_report(peft.get_peft_model(model, adapter))
     assert report.by_kind["adapters"].parameters == 2 * 8 * 8 * (32 + 24)
     assert report.by_kind[ROUTED_EXPERTS].parameters == experts_size(model)
+    model = mixed_model(upcycling="refine")
+    adapter = peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["iteration_scale"], r=2)
+    report = quantization_report(peft.get_peft_model(model, adapter))
+    assert report.by_kind["adapters"].parameters == 3 * 2 * (64 + 32) + 2 * 32
 
 
 class Params4bit(nn.Parameter):
@@ -214,6 +219,76 @@ def test_int8_computes_with_the_rounded_weights(folders, backend):
         assert_equal_up_to_rounding(quantized(input_ids).logits, plain(input_ids).logits)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(quantized.generate(input_ids, **options), plain.generate(input_ids, **options))
+
+
+class TestAdaptersOnInt8:
+    @pytest.fixture(params=["plain", "int8"])
+    def quantized(self, folders, request):
+        """Quantised while it is loaded, and loaded as it was saved."""
+        options = {"quantization_config": int8_weight_only()} if request.param == "plain" else {}
+        return load(folders / request.param, **options)
+
+    @needs_torchao
+    def test_experts_are_refused_before_training(self, quantized):
+        peft = pytest.importorskip("peft")
+        with pytest.raises(ValueError, match=r"routed experts are quantised \(Int8Tensor\).*experts=False"):
+            lora_config(quantized)
+        by_hand = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+        with pytest.raises(ValueError, match=r"routed experts are quantised \(Int8Tensor\).*experts=False"):
+            peft.get_peft_model(quantized, by_hand)(random_ids(1, 3))
+
+    @needs_torchao
+    def test_what_can_be_adapted_is_trained_saved_and_merged(self, quantized, folders, tmp_path):
+        peft = pytest.importorskip("peft")
+        config = lora_config(quantized, experts=False, routers=True, r=2)
+        model = peft.get_peft_model(quantized, config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        input_ids = random_ids(2, 9)
+        losses = []
+        for _ in range(8):
+            losses.append(model(input_ids, labels=input_ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < 0.9 * losses[0]
+        model.eval().save_pretrained(tmp_path)
+        with torch.no_grad():
+            expected = model(input_ids).logits
+            again = peft.PeftModel.from_pretrained(load(folders / "int8"), tmp_path).eval()
+            assert_equal_up_to_rounding(again(input_ids).logits, expected)
+            # Merging rounds the sum of weight and adapter to 8 bits: half a step of each row, as quantising does.
+            exact = {
+                name: module.get_base_layer().weight.dequantize() + module.get_delta_weight("default")
+                for name, module in again.named_modules()
+                if isinstance(module, peft.tuners.lora.LoraLayer)
+                and hasattr(module.get_base_layer().weight, "dequantize")
+                and type(module.get_base_layer().weight.data) is not torch.Tensor
+            }
+            merged = again.merge_and_unload()
+            assert len(exact) == 3 * 4 + 2 * 3
+            for name, weight in exact.items():
+                rounded = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+                assert type(rounded.data).__name__ == "Int8Tensor"
+                step = weight.abs().amax(dim=-1, keepdim=True) / 127
+                assert ((weight - rounded.dequantize()).abs() <= 0.51 * step).all(), name
+            assert quantization_report(merged).by_kind[ROUTED_EXPERTS].share == 1
+            difference = (merged(input_ids).logits - expected).abs().max()
+            assert difference < 0.1 * (load(folders / "int8")(input_ids).logits - expected).abs().max()
+
+    @needs_torchao
+    def test_merging_and_going_back(self, quantized):
+        peft = pytest.importorskip("peft")
+        config = lora_config(quantized, experts=False, r=2, init_lora_weights=False)
+        layer = peft.get_peft_model(quantized, config).get_submodule(
+            "base_model.model.model.layers.1.self_attn.o_proj"
+        )
+        before, adapter = layer.get_base_layer().weight.dequantize(), layer.get_delta_weight("default").detach()
+        half_step = (before + adapter).abs().amax(dim=-1, keepdim=True) / 127 * 0.51
+        layer.merge()
+        assert ((layer.get_base_layer().weight.dequantize() - before - adapter).abs() <= half_step).all()
+        layer.unmerge()
+        half_step += (before.abs().amax(dim=-1, keepdim=True) + half_step) / 127 * 0.51
+        assert ((layer.get_base_layer().weight.dequantize() - before).abs() <= half_step).all()
 
 
 def test_without_torchao(monkeypatch):
