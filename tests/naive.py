@@ -71,7 +71,7 @@ def chain(hidden_states: torch.Tensor, parameters: dict[str, torch.Tensor], conf
                 y = y + shared_output
             total = total + y
             if config.upcycling is not None:
-                x = x + parameters["iteration_scale"][t] * y if t < config.inner_iter - 1 else x
+                x = x + parameters["iteration_scale.weight"][t] * y if t < config.inner_iter - 1 else x
             elif config.init_residual:
                 x = y + x_0
             elif config.inner_residual:

@@ -45,7 +45,7 @@ def randomize(model: CoeForCausalLM) -> CoeForCausalLM:
     """Leaves the zero scales of a new model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("iteration_scale"):
+            if name.endswith("iteration_scale.weight"):
                 parameter.normal_()
     return model
 
@@ -150,7 +150,7 @@ def test_unchained_layers_run_once_with_all_experts():
 @pytest.mark.parametrize("case", UPCYCLED)
 def test_new_scales_are_zero_and_saved(case, tmp_path):
     model = tiny_model(**UPCYCLED[case])
-    scales = {name: scale for name, scale in model.state_dict().items() if name.endswith("iteration_scale")}
+    scales = {name: scale for name, scale in model.state_dict().items() if name.endswith("iteration_scale.weight")}
     assert scales and not any(scale.any() for scale in scales.values())
     randomize(model).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
