@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import CONFIG_NAME
@@ -121,20 +120,8 @@ def convert(
             for file in sorted(folder.glob(pattern)):
                 (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, staging / file.relative_to(folder))
-        result = Checkpoint(staging)
-        # As whoever loads the result gets it.
-        config = AutoConfig.from_pretrained(staging, trust_remote_code=False)
-        with _bar("Verifying", plan.checkpoint.nbytes + result.nbytes, progress) as bar:
-            verification = compare(
-                plan.checkpoint,
-                plan.source_config,
-                result,
-                config,
-                batch,
-                dtype=plan.options.dtype,
-                tolerance=tolerance,
-                on_read=bar.update,
-            )
+        with _bar("Verifying", plan.checkpoint.nbytes + plan.nbytes, progress) as bar:
+            verification = compare(folder, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
         _judge(plan, verification)
         report = make_report(plan, name, verification)
         write_report(report, staging)
