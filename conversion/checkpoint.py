@@ -14,6 +14,7 @@
 """Checkpoints as folders of safetensors files, read and written one tensor at a time."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -61,8 +62,8 @@ class Checkpoint:
         self.config_dict = read_json(folder / CONFIG_NAME)
         if (folder / ADAPTER_CONFIG_NAME).exists():
             raise ConversionError(
-                f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to its weights. Merge it "
-                "and save the model, or remove the adapter from (a copy of) the folder."
+                f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to the weights. Merge "
+                "the two and save the model, or remove the adapter from (a copy of) the folder."
             )
         if any(self.config_dict.get(name) for name in ("quantization_config", "compression_config")):
             raise ConversionError(
@@ -115,7 +116,7 @@ class Checkpoint:
         explicit = self.config_dict.get("transformers_weights")
         if not isinstance(explicit, str | None):
             raise ConversionError(
-                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, not the name of a file. Correct or remove it."
+                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, no name of a file. Correct or remove it."
             )
         try:
             paths, index = _get_resolved_checkpoint_files(
@@ -150,7 +151,7 @@ class Checkpoint:
         """Why transformers does not find the weights."""
         if explicit is not None and not explicit.endswith((".safetensors", ".safetensors.index.json")):
             return ConversionError(
-                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, which is no safetensors file and no index of "
+                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, neither a safetensors file nor an index of "
                 "some. Correct or remove it."
             )
         index = self.folder / (explicit or SAFE_WEIGHTS_INDEX_NAME)
@@ -163,14 +164,19 @@ class Checkpoint:
             if wrong:
                 name, file = next(iter(wrong.items()))
                 return ConversionError(
-                    f"`weight_map` in {index.name} says that `{name}` is in {file!r}, which is not the name of a file. "
-                    "Correct it."
+                    f"`weight_map` in {index.name} says that `{name}` is in {file!r}, which is no name of a file. "
+                    "Correct it, or download it again."
                 )
         elif explicit is not None:
             return ConversionError(f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}: {error}. Correct it.")
+        if isinstance(error, OSError):
+            return ConversionError(
+                f"There is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in {self.folder}. Only "
+                "safetensors are read; load the model with transformers and save it to get them."
+            )
         return ConversionError(
-            f"There is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in {self.folder} ({error}). Only "
-            "safetensors are read; load the model with transformers and save it to get them."
+            f"transformers does not find the weights in {self.folder} ({type(error).__name__}: {error}). Correct "
+            f"{index.name}."
         )
 
     def _add_file(self, file: str) -> None:
@@ -180,7 +186,8 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{file} is truncated or damaged ({error}). Download it again.") from error
         self._files[file] = opened
-        for key in opened.keys():
+        keys = opened.keys()
+        for key in keys:
             header = opened.get_slice(key)
             if key in self.tensors:
                 raise ConversionError(
@@ -290,8 +297,8 @@ def parse_size(size: str | int) -> int:
         ConversionError: It is not one.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
-    if not match or not float(match[1]) > 0:
-        raise ConversionError(f"`{size}` is not a size. Write it like `5GB` or `300MB`.")
+    if not match or not 0 < float(match[1]) < math.inf:
+        raise ConversionError(f"`--max-shard-size {size}` is not a size. Write it like `5GB` or `300MB`.")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
 from .checkpoint import Checkpoint, ConversionError, StoredTensor, shorten, stored_dtype
+from .configuration import load_config
 from .families import FAMILIES
 from .families.official import official_config
 from .family import Family
@@ -57,7 +57,7 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
             options ask for.
     """
     checkpoint = Checkpoint(folder)
-    config = _load_config(checkpoint.config_dict)
+    config = load_config(checkpoint)
     if isinstance(config, CoeConfig):
         plan = _plan_from_chain(checkpoint, config, options)
     else:
@@ -65,17 +65,6 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
     drop_tied_head(plan)
     account(plan)
     return plan
-
-
-def _load_config(config_dict: dict[str, Any]) -> PreTrainedConfig:
-    model_type = config_dict.get("model_type")
-    supported = [*FAMILIES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
-    if model_type not in supported:
-        raise ConversionError(f"The architecture {model_type!r} is not supported. These are: {', '.join(supported)}.")
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config_dict))
-    except Exception as error:
-        raise ConversionError(f"config.json is not a valid `{model_type}` configuration: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- source -> chain
@@ -87,7 +76,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
         raise ConversionError(f"`--to {options.to}` converts Chain-of-Experts models; this is `{family.model_type}`.")
     fields, remarks = family.chain_fields(source_config)
     if family.dense:
-        before = _configure(fields | _SINGLE | {"n_routed_experts": None})
+        before = _configure(fields | _SINGLE | {"n_routed_experts": None}, source_config)
         experts, exact, explanation = _dense_to_experts(source_config, options)
         fields |= experts
     else:
@@ -96,14 +85,14 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
                 f"`{family.model_type}` has experts already. `--upcycle`, `--experts` and `--top-k` make experts of "
                 "dense models; leave them out."
             )
-        before, exact = _configure(fields | _SINGLE), True
+        before, exact = _configure(fields | _SINGLE, source_config), True
         explanation = "it has the source's experts and routers"
     options, chain, reason = _chain(fields, options, dense=family.dense)
     if reason or options.router_noise:
         exact, explanation = False, reason or "noise was added to the routers of later iterations"
     elif options.mode != "identity":
         explanation += ", and its iteration scales are zero"
-    config = _configure(fields | chain)
+    config = _configure(fields | chain, source_config)
     plan = Plan(checkpoint, source_config, config, options, before, config, exact, explanation, remarks=remarks)
     for key, tensor in checkpoint.tensors.items():
         if reason := family.dropped(key, source_config):
@@ -113,11 +102,16 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
     return plan
 
 
-def _configure(fields: dict[str, Any]) -> CoeConfig:
+def _configure(fields: dict[str, Any], source: PreTrainedConfig | None = None) -> CoeConfig:
+    """A chain's configuration. Errors call its fields as `source` does, where that has them."""
     try:
         return CoeConfig(**copy.deepcopy(fields))
     except (ValueError, StrictDataclassError) as error:
-        raise ConversionError(f"There is no such chain: {error}") from error
+        message = " ".join(str(error).split())
+        if source is not None:
+            family = FAMILIES[source.model_type]
+            message = re.sub(r"(?<=`)\w+", lambda name: family.source_field(name[0], source) or name[0], message)
+        raise ConversionError(f"There is no such chain: {message} Correct config.json or the options.") from error
 
 
 def _dense_to_experts(config: PreTrainedConfig, options: Options) -> tuple[dict[str, Any], bool, str]:

@@ -15,7 +15,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,13 +165,15 @@ def account(plan: Plan) -> None:
         source, shape = produced[name].source, produced[name].shape
         problems.append(f"`{source}` makes `{name}` {list(shape)}, where {list(expected[name])} is expected")
     if problems:
-        fields = sorted({name for key in missing + surplus + wrong for name in _fields_of(key)})
-        fields = ", ".join(f"`{_source_field(plan, name)}`" for name in fields)
-        raise ConversionError(
-            "The weights do not fit config.json:\n  "
-            + "\n  ".join(problems)
-            + f"\nLook at {fields} in config.json, or whether the source is complete."
-        )
+        wrong_fields = [field for key in missing for field in _deciding_fields(key, produced)]
+        wrong_fields += [field for key in surplus for field in _deciding_fields(key, expected)]
+        wrong_fields += [field for key in wrong for field in _matching(_SIZES, key)]
+        known = {_source_field(plan, field): None for field in sorted(set(wrong_fields))}
+        fields = ", ".join(f"`{name}={getattr(plan.source_config, name)!r}`" for name in known if name is not None)
+        remedy = f"Correct {fields} in config.json, or complete the source." if fields else "Look for a better source."
+        if "num_nextn_predict_layers" in known and any("layers" in key for key in surplus):
+            remedy += " Layers that predict further tokens (MTP) are left out once `num_nextn_predict_layers` is their number."
+        raise ConversionError("The weights do not fit config.json:\n  " + "\n  ".join(problems) + f"\n{remedy}")
 
 
 def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str, tuple[int, ...]]:
@@ -184,27 +186,52 @@ def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str,
     return {name: tuple(tensor.shape) for name, tensor in (fused | split).items()}
 
 
-# Parts of a tensor's name -> the fields that decide whether it exists and how large it is.
-_FIELDS = {
-    r"^model\.layers": ("num_hidden_layers",),
-    r"experts\.|mlp\.gate\.": ("n_routed_experts", "moe_intermediate_size"),
-    r"shared_expert": ("n_shared_experts", "shared_expert_intermediate_size"),
-    r"mlp\.(gate|up|down)_proj": ("first_k_dense_replace", "mlp_only_layers", "intermediate_size"),
-    r"self_attn": ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    r"bias$": ("attention_bias", "qkv_bias"),
-    r"embed_tokens|lm_head": ("vocab_size", "tie_word_embeddings"),
-    r"iteration_scale|mlp\.gate\.\d": ("inner_iter", "chain_layers"),
-    r"": ("hidden_size",),
+# Parts of tensors' names -> the fields that decide whether there is such a tensor in a layer.
+_EXISTENCE = {
+    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
+    r"e_score_correction_bias$": "topk_method",
+    r"self_attn\.q_(proj|a_proj|b_proj|a_layernorm)\.weight": "q_lora_rank",
+    r"self_attn\..*bias$": "attention_bias qkv_bias",
+    r"mlp\..*_proj\.bias$": "mlp_bias",
+    r"lm_head": "tie_word_embeddings",
+    r"iteration_scale": "upcycling inner_iter chain_layers",
+    r"mlp\.gate\.\d": "inner_iter chain_layers",
 }
+# Likewise, how large it is.
+_SIZES = {
+    r"experts\.": "moe_intermediate_size",
+    r"experts\.(gate_up|up|gate|down)_proj$|gate\.(\d\.)?weight|e_score_correction_bias": "n_routed_experts",
+    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
+    r"mlp\.(gate|up|down)_proj": "intermediate_size",
+    r"self_attn\.[qo]": "num_attention_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank",
+    r"self_attn\.[kv]": "num_key_value_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank",
+    r"embed_tokens|lm_head": "vocab_size",
+    r"iteration_scale": "inner_iter",
+    r"": "hidden_size",
+}
+_EXPERTS = re.compile(r"\.experts\.|\.gate\.")
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
-def _fields_of(name: str) -> list[str]:
-    return [field for pattern, fields in _FIELDS.items() if re.search(pattern, name) for field in fields]
+def _matching(table: dict[str, str], name: str) -> list[str]:
+    return [field for pattern, fields in table.items() if re.search(pattern, name) for field in fields.split()]
 
 
-def _source_field(plan: Plan, name: str) -> str:
+def _deciding_fields(name: str, others: Collection[str]) -> list[str]:
+    """Fields that decide whether a tensor exists which `others`, the other side's, lack."""
+    layer = _LAYER.match(name)
+    if layer and not (siblings := [other for other in others if other.startswith(layer[0])]):
+        return ["num_hidden_layers", "num_nextn_predict_layers"]
+    if layer and re.search(r"\.(mlp|block_sparse_moe)\.", name) and "shared_expert" not in name:
+        if bool(_EXPERTS.search(name)) != any(_EXPERTS.search(other) for other in siblings):
+            return ["first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step"]
+        if ".experts." in name:
+            return ["n_routed_experts"]
+    return _matching(_EXISTENCE, name)
+
+
+def _source_field(plan: Plan, name: str) -> str | None:
     family = FAMILIES.get(plan.source_config.model_type)
-    names = {} if family is None else {chain: source for source, chain in family.fields.items()}
-    name = names.get(name, name)
-    other = plan.source_config.attribute_map.get(name)
-    return other if other in plan.checkpoint.config_dict and name not in plan.checkpoint.config_dict else name
+    if family is not None:
+        return family.source_field(name, plan.source_config)
+    return name if hasattr(plan.source_config, name) else None

@@ -96,22 +96,25 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             ids = tokenizer(TEXT if text is None else text)["input_ids"]
         except Exception as error:  # of whatever library made the files
+            reason = " ".join(str(error).split())
             if text is not None:
-                raise ConversionError(f"The source's tokenizer does not load ({error}).") from error
-            ids, origin = None, "random ids, since the tokenizer does not load without its own code"
+                raise ConversionError(
+                    f"`--verify-text`: the source's tokenizer does not load ({reason}). Correct it or leave out the text."
+                ) from error
+            ids, origin = None, f"random ids, since the tokenizer does not load: {reason}"
         else:
             origin = "the package's text" if text is None else "the given text"
             if not ids:
-                raise ConversionError("The text to verify on has no tokens.")
+                raise ConversionError("`--verify-text`: the text has no tokens. Choose another.")
             if max(ids) >= config.vocab_size:
                 raise ConversionError(
                     f"The tokenizer has the id {max(ids)}, beyond `vocab_size={config.vocab_size}`: it is not this "
-                    "model's, or config.json is wrong."
+                    "model's, or config.json is wrong. Correct either."
                 )
     elif text is None:
         ids, origin = None, "random ids, since there is no tokenizer"
     else:
-        raise ConversionError("The source has no tokenizer for the text to verify on.")
+        raise ConversionError("`--verify-text`: the source has no tokenizer for it. Leave it out.")
     if ids is None:
         ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     ids = (ids * math.ceil(tokens / len(ids)))[:tokens]
@@ -166,14 +169,20 @@ def compare(
 
 def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
     try:
-        return compute_logits(folder, batch, *arguments)
+        logits = compute_logits(folder, batch, *arguments)
     except ConversionError as error:
         raise ConversionError(f"Verification failed. The {what}: {error}") from error
     except Exception as error:  # of whatever part of transformers, which the message must name
         raise ConversionError(
             f"Verification failed. transformers {transformers.__version__} cannot run the {what}: "
-            f"{type(error).__name__}: {error}."
+            f"{type(error).__name__}: {' '.join(str(error).split())}. Correct config.json or the weights."
         ) from error
+    if not logits.isfinite().all():
+        raise ConversionError(
+            f"Verification failed. Logits of the {what} are not finite in transformers {transformers.__version__}: "
+            "correct config.json or the weights."
+        )
+    return logits
 
 
 @torch.no_grad()
@@ -202,7 +211,8 @@ def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on
         for file in checkpoint_files:
             # Not memory-mapped: mapped pages would count as this process' memory until the file is closed.
             opened = safe_open(file, framework="pt", backend="pread")
-            tensors |= {key: _LazyTensor(opened, key, dtype, on_read) for key in opened.keys()}
+            keys = opened.keys()
+            tensors |= {key: _LazyTensor(opened, key, dtype, on_read) for key in keys}
         read = partial(model_class._load_pretrained_model, model, checkpoint_files=None, load_config=load_config)
         _add_hooks(model, tensors, load_config.weight_mapping or [], read)
         info, _ = read({})
