@@ -15,7 +15,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,13 +69,25 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         return _build(values)
     except Exception as error:  # of whatever check or computation a value has failed
-        others = [name for name in values if name != "model_type"]
-        culprits = [f"`{name}={_short(values[name])}`" for name in others if _builds_without(name, values)]
-        where = f"{', '.join(culprits)} in config.json" if culprits else "config.json"
+        culprits = ", ".join(f"`{name}={_short(values[name])}`" for name in find_culprits(values, _build))
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConversionError(
-            f"transformers makes no `{values['model_type']}` of config.json ({reason}). Correct {where}."
+            f"transformers makes no `{values['model_type']}` of config.json ({reason}). Correct "
+            f"{f'{culprits} in config.json' if culprits else 'config.json'}."
         ) from error
+
+
+def find_culprits(values: dict[str, Any], make: Callable[[dict[str, Any]], object]) -> list[str]:
+    """Names of the values of which each alone makes `make(values)` fail: without it, there is no error."""
+
+    def succeeds_without(name: str) -> bool:
+        try:
+            make({other: value for other, value in values.items() if other != name})
+        except Exception:
+            return False
+        return True
+
+    return [name for name in values if succeeds_without(name)]
 
 
 def _build(values: dict[str, Any]) -> PreTrainedConfig:
@@ -84,14 +96,6 @@ def _build(values: dict[str, Any]) -> PreTrainedConfig:
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return config
-
-
-def _builds_without(name: str, values: dict[str, Any]) -> bool:
-    try:
-        _build({other: value for other, value in values.items() if other != name})
-    except Exception:
-        return False
-    return True
 
 
 def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -28,7 +28,7 @@ from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
 from .checkpoint import Checkpoint, ConversionError, StoredTensor, shorten, stored_dtype
-from .configuration import load_config
+from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
 from .family import Family
@@ -104,14 +104,19 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
 
 def _configure(fields: dict[str, Any], source: PreTrainedConfig | None = None) -> CoeConfig:
     """A chain's configuration. Errors call its fields as `source` does, where that has them."""
-    try:
+
+    def make(fields: dict[str, Any]) -> CoeConfig:
         return CoeConfig(**copy.deepcopy(fields))
+
+    try:
+        return make(fields)
     except (ValueError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())
+        names = [name for name in find_culprits(fields, make) if name not in _SINGLE]
         if source is not None:
-            family = FAMILIES[source.model_type]
-            message = re.sub(r"(?<=`)\w+", lambda name: family.source_field(name[0], source) or name[0], message)
-        raise ConversionError(f"There is no such chain: {message} Correct config.json or the options.") from error
+            names = [FAMILIES[source.model_type].source_field(name, source) or name for name in names]
+        message = " ".join(str(error).split())
+        culprits = f" Correct {', '.join(f'`{name}`' for name in names)}." if names else ""
+        raise ConversionError(f"There is no such chain: {message}{culprits}") from error
 
 
 def _dense_to_experts(config: PreTrainedConfig, options: Options) -> tuple[dict[str, Any], bool, str]:
@@ -162,13 +167,14 @@ def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Optio
         allowed = f"Allowed are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
         if top_k < iterations:
             raise ConversionError(
-                f"A token uses {top_k} experts, which cannot be split over {iterations} iterations. {allowed}."
+                f"A token uses {top_k} experts (`num_experts_per_tok`), which cannot be split over {iterations} "
+                f"iterations. {allowed}."
             )
         if top_k % iterations:
             if not options.round_top_k:
                 raise ConversionError(
-                    f"A token uses {top_k} experts, no multiple of {iterations} iterations. {allowed}, or let "
-                    "`--round-top-k` change the number of experts (and the function)."
+                    f"A token uses {top_k} experts (`num_experts_per_tok`), no multiple of {iterations} iterations. "
+                    f"{allowed}, or let `--round-top-k` change the number of experts (and the function)."
                 )
             rounded = int(top_k / iterations + 0.5) * iterations
             reason = f"a token uses {rounded} experts instead of {top_k}"

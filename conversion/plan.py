@@ -15,7 +15,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,15 +165,35 @@ def account(plan: Plan) -> None:
         source, shape = produced[name].source, produced[name].shape
         problems.append(f"`{source}` makes `{name}` {list(shape)}, where {list(expected[name])} is expected")
     if problems:
-        wrong_fields = [field for key in missing for field in _deciding_fields(key, produced)]
-        wrong_fields += [field for key in surplus for field in _deciding_fields(key, expected)]
-        wrong_fields += [field for key in wrong for field in _matching(_SIZES, key)]
-        known = {_source_field(plan, field): None for field in sorted(set(wrong_fields))}
-        fields = ", ".join(f"`{name}={getattr(plan.source_config, name)!r}`" for name in known if name is not None)
-        remedy = f"Correct {fields} in config.json, or complete the source." if fields else "Look for a better source."
-        if "num_nextn_predict_layers" in known and any("layers" in key for key in surplus):
-            remedy += " Layers that predict further tokens (MTP) are left out once `num_nextn_predict_layers` is their number."
-        raise ConversionError("The weights do not fit config.json:\n  " + "\n  ".join(problems) + f"\n{remedy}")
+        fields = []
+        for keys, others in ((missing, _layers(produced)), (surplus, _layers(expected))):
+            fields += [field for key in keys for field in _deciding_fields(key, others)]
+        for key in wrong:
+            # What the tensor has the size of is no reason for its having another.
+            sizes = _matching(_SIZES, key)
+            fields += [field for field in sizes if getattr(config, field, None) not in produced[key].shape]
+        raise ConversionError(
+            "The weights do not fit config.json:\n  " + "\n  ".join(problems) + f"\n{_remedy(plan, set(fields))}"
+        )
+
+
+def _remedy(plan: Plan, fields: set[str]) -> str:
+    family = FAMILIES.get(plan.source_config.model_type)
+    names = (
+        sorted(fields)
+        if family is None
+        else [family.source_field(name, plan.source_config) for name in sorted(fields)]
+    )
+    values = {name: getattr(plan.source_config, name) for name in names if name and hasattr(plan.source_config, name)}
+    if not values:
+        return "Look whether the source is complete, and of this architecture alone."
+    remedy = (
+        f"Correct {', '.join(f'`{name}={value!r}`' for name, value in values.items())} in config.json, or complete "
+    )
+    remedy += "the source."
+    if _MTP_LAYERS in values:
+        remedy += f" Layers that predict further tokens (MTP) are dropped where `{_MTP_LAYERS}` counts them."
+    return remedy
 
 
 def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str, tuple[int, ...]]:
@@ -209,6 +229,7 @@ _SIZES = {
     r"iteration_scale": "inner_iter",
     r"": "hidden_size",
 }
+_MTP_LAYERS = "num_nextn_predict_layers"
 _EXPERTS = re.compile(r"\.experts\.|\.gate\.")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
@@ -217,21 +238,22 @@ def _matching(table: dict[str, str], name: str) -> list[str]:
     return [field for pattern, fields in table.items() if re.search(pattern, name) for field in fields.split()]
 
 
-def _deciding_fields(name: str, others: Collection[str]) -> list[str]:
-    """Fields that decide whether a tensor exists which `others`, the other side's, lack."""
-    layer = _LAYER.match(name)
-    if layer and not (siblings := [other for other in others if other.startswith(layer[0])]):
-        return ["num_hidden_layers", "num_nextn_predict_layers"]
+def _layers(names: Iterable[str]) -> dict[str, bool]:
+    """The layers that tensors are of -> whether these have experts."""
+    layers: dict[str, bool] = {}
+    for name in names:
+        if layer := _LAYER.match(name):
+            layers[layer[0]] = layers.get(layer[0], False) or bool(_EXPERTS.search(name))
+    return layers
+
+
+def _deciding_fields(name: str, layers: dict[str, bool]) -> list[str]:
+    """Fields that decide whether a tensor exists which the other side, that has `layers`, lacks."""
+    if (layer := _LAYER.match(name)) and layer[0] not in layers:
+        return ["num_hidden_layers", _MTP_LAYERS]
     if layer and re.search(r"\.(mlp|block_sparse_moe)\.", name) and "shared_expert" not in name:
-        if bool(_EXPERTS.search(name)) != any(_EXPERTS.search(other) for other in siblings):
+        if bool(_EXPERTS.search(name)) != layers[layer[0]]:
             return ["first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step"]
         if ".experts." in name:
             return ["n_routed_experts"]
     return _matching(_EXISTENCE, name)
-
-
-def _source_field(plan: Plan, name: str) -> str | None:
-    family = FAMILIES.get(plan.source_config.model_type)
-    if family is not None:
-        return family.source_field(name, plan.source_config)
-    return name if hasattr(plan.source_config, name) else None

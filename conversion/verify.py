@@ -99,7 +99,7 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
             reason = " ".join(str(error).split())
             if text is not None:
                 raise ConversionError(
-                    f"`--verify-text`: the source's tokenizer does not load ({reason}). Correct it or leave out the text."
+                    f"`--verify-text`: the source's tokenizer does not load ({reason}). Correct it or leave this out."
                 ) from error
             ids, origin = None, f"random ids, since the tokenizer does not load: {reason}"
         else:
