@@ -212,7 +212,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConversionError(f"There is no {path.name} in {path.parent}. Choose another folder.") from None
     except OSError as error:
-        raise ConversionError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+        raise ConversionError(
+            f"{path.name} in {path.parent} cannot be read ({error.strerror}). Download it again."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path.name} in {path.parent} is not valid JSON ({error}). Correct it, or download it again."

@@ -30,19 +30,17 @@ from .checkpoint import Checkpoint, ConversionError
 from .families import FAMILIES
 
 
-# What numbers must be at least. Types and what depends on other fields is left to the classes of configurations.
-_LEAST = {
-    1: (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "max_position_embeddings moe_intermediate_size num_experts num_local_experts n_routed_experts "
-        "num_experts_per_tok q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-        "decoder_sparse_step moe_layer_freq inner_iter"
-    ),
-    0: (
-        "first_k_dense_replace n_shared_experts shared_expert_intermediate_size num_nextn_predict_layers "
-        "sliding_window rms_norm_eps initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef"
-    ),
-}
+# What must be 1 or more, and what 0 or more. What depends on other fields is left to the classes of configurations.
+_POSITIVE_COUNTS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings moe_intermediate_size num_experts num_local_experts n_routed_experts "
+    "num_experts_per_tok q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+    "decoder_sparse_step moe_layer_freq inner_iter"
+)
+_COUNTS = (
+    "first_k_dense_replace n_shared_experts shared_expert_intermediate_size num_nextn_predict_layers sliding_window"
+)
+_NUMBERS = "rms_norm_eps initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef"
 # Fields of which every unit is a tensor, or a row of one: no model is built of more than the weights can have.
 _COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "inner_iter")
 # Fields of the rotary embedding that it divides by, or takes powers of.
@@ -109,11 +107,11 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             raise _wrong(name, value, "beyond 64 bits")
         if name.rpartition(".")[2] in _POSITIVE_IN_ROPE and _is_number(value) and not value > 0:
             raise _wrong(name, value, "not greater than 0")
-    for least, names in _LEAST.items():
+    for least, kind, names in ((1, int, _POSITIVE_COUNTS), (0, int, _COUNTS), (0, int | float, _NUMBERS)):
         for name in names.split():
             value = values.get(name)
-            if value is not None and not _is_number(value):
-                raise _wrong(name, value, "not a number")
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise _wrong(name, value, "not a whole number" if kind is int else "not a number")
             if value is not None and value < least:
                 raise _wrong(name, value, f"less than {least}")
     limit = max([len(checkpoint.tensors), *(size for tensor in checkpoint.tensors.values() for size in tensor.shape)])

@@ -158,7 +158,9 @@ def find_source(source: str | Path) -> tuple[Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
-        raise ConversionError(f"SOURCE {source} is neither a folder nor the name of a repository of the Hub.")
+        raise ConversionError(
+            f"SOURCE {source} is neither a folder nor the name of a repository of the Hub. Choose one."
+        )
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED_FILES))), str(source)
     except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which

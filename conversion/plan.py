@@ -178,19 +178,14 @@ def account(plan: Plan) -> None:
 
 
 def _remedy(plan: Plan, fields: set[str]) -> str:
-    family = FAMILIES.get(plan.source_config.model_type)
-    names = (
-        sorted(fields)
-        if family is None
-        else [family.source_field(name, plan.source_config) for name in sorted(fields)]
-    )
-    values = {name: getattr(plan.source_config, name) for name in names if name and hasattr(plan.source_config, name)}
+    """What to do where some fields of a `CoeConfig` do not fit the weights, in the source's own names."""
+    config, family = plan.source_config, FAMILIES.get(plan.source_config.model_type)
+    names = [name if family is None else family.source_field(name, config) for name in sorted(fields)]
+    values = {name: getattr(config, name) for name in names if name is not None and hasattr(config, name)}
     if not values:
         return "Look whether the source is complete, and of this architecture alone."
-    remedy = (
-        f"Correct {', '.join(f'`{name}={value!r}`' for name, value in values.items())} in config.json, or complete "
-    )
-    remedy += "the source."
+    listed = ", ".join(f"`{name}={value!r}`" for name, value in values.items())
+    remedy = f"Correct {listed} in config.json, or complete the source."
     if _MTP_LAYERS in values:
         remedy += f" Layers that predict further tokens (MTP) are dropped where `{_MTP_LAYERS}` counts them."
     return remedy

@@ -27,7 +27,7 @@ from conversion.cli import main
 from conversion.families import FAMILIES
 from modeling_coe.releases import CACHE
 
-from .conversion_sources import MOE_SOURCES, make_config, make_model, make_source
+from .conversion_sources import MOE_SOURCES, edit_json, edit_tensor, make_config, make_model, make_source, stored
 from .helpers import ROOT, tiny_model
 
 
@@ -78,30 +78,10 @@ def copied(sources, tmp_path):
     return copy
 
 
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
-
-
 def load(folder: Path, **kwargs):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     assert not any(info.values()), info
     return model
-
-
-def edit_json(file: Path, **changes) -> None:
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
-
-
-def edit_tensor(folder: Path, key: str, change) -> None:
-    """Replaces a tensor in the file that holds it; `None` removes it there."""
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        if key in tensors:
-            changed = change(tensors.pop(key))
-            save_file(tensors if changed is None else tensors | {key: changed.contiguous()}, file, {"format": "pt"})
-            return
-    raise AssertionError(key)
 
 
 def assert_refused(source, out: Path, *messages: str, options: Options | None = None, **kwargs) -> None:
@@ -568,46 +548,7 @@ def test_text_to_verify_on(sources, copied, tmp_path):
     assert_refused(source, tmp_path / "out", "no tokenizer", verify_text="xyz")
 
 
-# ------------------------------------------------------------------------------------------- bad input
-
-
-def test_architecture_is_unknown(copied, tmp_path):
-    source = copied()
-    edit_json(source / "config.json", model_type="gpt_oss")
-    assert_refused(source, tmp_path / "out", "'gpt_oss'", *FAMILIES)
-    edit_json(source / "config.json", model_type=...)
-    assert_refused(source, tmp_path / "out", "None", *FAMILIES)
-
-
-def test_source_is_quantised(copied, tmp_path):
-    source = copied()
-    edit_json(source / "config.json", quantization_config={"quant_method": "fp8"})
-    assert_refused(source, tmp_path / "out", "quantised")
-    edit_json(source / "config.json", quantization_config=...)
-    key = "model.layers.1.mlp.experts.2.up_proj.weight"
-    edit_tensor(source, key, lambda weight: weight.to(torch.float8_e4m3fn))
-    assert_refused(source, tmp_path / "out", key, "F8_E4M3", "quantised")
-
-
-def test_shard_is_missing_or_damaged(copied, tmp_path):
-    source = copied()
-    shard = sorted(source.glob("*.safetensors"))[2]
-    content = shard.read_bytes()
-    key = next(iter(load_file(shard)))
-    for damaged in (content[:-1], content[: len(content) // 2], b"", content[:20]):
-        shard.write_bytes(damaged)
-        assert_refused(source, tmp_path / "out", shard.name, "truncated or damaged")
-    shard.unlink()
-    assert_refused(source, tmp_path / "out", shard.name, "missing")
-    shard.write_bytes(content)
-    edit_tensor(source, key, lambda _: None)
-    assert_refused(source, tmp_path / "out", shard.name, key, "lacks")
-    (source / "model.safetensors.index.json").unlink()
-    assert_refused(source, tmp_path / "out", "neither model.safetensors nor")
-    (source / "config.json").write_text("{")
-    assert_refused(source, tmp_path / "out", "not valid JSON")
-    (source / "config.json").unlink()
-    assert_refused(source, tmp_path / "out", "no config.json")
+# ------------------------------------------------------------------------------------------- odd sources
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -622,35 +563,6 @@ def test_dtype_cannot_hold_a_value(copied, tmp_path):
     source = copied()
     edit_tensor(source, "model.norm.weight", lambda weight: weight + 70000)
     assert_refused(source, tmp_path / "out", "model.norm.weight", "float16", options=Options(dtype=torch.float16))
-
-
-@pytest.mark.parametrize(
-    "changes, messages",
-    [
-        ({"num_local_experts": 9}, ["mlp.experts.8", "`num_local_experts`"]),
-        ({"num_local_experts": 7}, ["mlp.experts.7", "`num_local_experts`"]),
-        ({"num_hidden_layers": 3}, ["model.layers.2", "`num_hidden_layers`"]),
-        ({"num_hidden_layers": 1}, ["model.layers.1", "`num_hidden_layers`"]),
-        ({"moe_intermediate_size": 20}, ["[32, 24]", "[32, 20]", "`moe_intermediate_size`"]),
-        ({"num_key_value_heads": 4}, ["self_attn.k_proj.weight", "`num_key_value_heads`"]),
-        ({"attention_bias": True}, ["self_attn.q_proj.bias", "`attention_bias`"]),
-        ({"vocab_size": 101}, ["model.embed_tokens.weight", "`vocab_size`"]),
-        ({"tie_word_embeddings": True}, ["lm_head.weight", "`tie_word_embeddings`"]),
-        ({"mlp_only_layers": [1]}, ["model.layers.1.mlp", "`mlp_only_layers`"]),
-        ({"hidden_size": "wide"}, ["not a valid `qwen3_moe`", "hidden_size"]),
-    ],
-)
-def test_config_does_not_fit_the_weights(copied, tmp_path, changes, messages):
-    source = copied()
-    edit_json(source / "config.json", **changes)
-    assert_refused(source, tmp_path / "out", *messages)
-
-
-def test_tensor_that_nothing_uses(copied, tmp_path):
-    source = copied()
-    file = next(iter(source.glob("*.safetensors")))
-    save_file(load_file(file) | {"model.layers.1.extra.weight": torch.ones(2)}, file, {"format": "pt"})
-    assert_refused(source, tmp_path / "out", "no place for `model.layers.1.extra.weight`")
 
 
 def test_config_fields_are_understood_or_refused(copied, tmp_path):
@@ -670,43 +582,11 @@ def test_fields_that_transformers_does_not_read_must_say_what_it_does(copied, tm
     convert(source, tmp_path / "out", verify_tokens=8)
 
 
-@pytest.mark.parametrize(
-    "name, options, messages",
-    [
-        ("olmoe", Options(iterations=3), ["4 experts", "Allowed are: 2, 4", "--round-top-k"]),
-        ("olmoe", Options(iterations=5, round_top_k=True), ["cannot be split over 5", "Allowed are: 2, 4"]),
-        ("olmoe", Options(mode="identity", iterations=2), ["identity"]),
-        ("olmoe", Options(iterations=1), ["--mode identity"]),
-        ("olmoe", Options(layers=(1, 7)), ["7 cannot", "0, 1"]),
-        ("olmoe", Options(upcycle="copy"), ["has experts already"]),
-        ("olmoe", Options(to="source"), ["`olmoe`"]),
-        ("llama", Options(), ["--upcycle copy"]),
-        ("llama", Options(upcycle="slice", experts=5), ["width 48", "5 equal slices"]),
-        ("llama", Options(upcycle="copy", experts=4, top_k=5, mode="refine"), ["num_experts_per_tok"]),
-        ("llama", Options(upcycle="copy", layers=(3,)), ["3 cannot", "0, 1"]),
-    ],
-)
-def test_options_that_mean_nothing(sources, tmp_path, name, options, messages):
-    assert_refused(sources(name), tmp_path / "out", *messages, options=options)
-
-
 def test_fewer_experts_per_token_than_iterations(sources, tmp_path):
     source = sources("mixtral", num_experts_per_tok=1)
     assert_refused(source, tmp_path / "out", "1 experts", "--mode refine")
     convert(source, tmp_path / "out", Options(mode="refine"), verify_tokens=8)
     assert_same_function(source, tmp_path / "out")
-
-
-def test_biased_mlps_do_not_become_experts(sources, tmp_path):
-    source = sources("llama", mlp_bias=True)
-    assert_refused(source, tmp_path / "out", "`mlp_bias`", options=Options(upcycle="copy"))
-
-
-def test_source_is_nowhere(tmp_path):
-    (tmp_path / "file").write_text("")
-    for source in (tmp_path / "nothing", tmp_path / "file", "./nothing", "a/b/c"):
-        assert_refused(source, tmp_path / "out", "neither a folder nor")
-    assert_refused("someone/model", tmp_path / "out", "someone/model is no local folder, and the Hub")
 
 
 # ------------------------------------------------------------------------------------------- OUT
@@ -833,24 +713,6 @@ def test_module_runs(sources, tmp_path, monkeypatch, capsys):
         runpy.run_module("conversion", run_name="__main__")
     assert not caught.value.code and "verified on 8 tokens" in capsys.readouterr().out
     assert (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--layers", "4-"],
-        ["--layers", "b"],
-        ["--layers", "5-2"],
-        ["--iterations", "0"],
-        ["--verify", "0"],
-        ["--dtype", "x"],
-    ],
-)
-def test_wrong_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["source", "out", *arguments])
-    assert caught.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
 
 
 def test_dry_run(sources, tmp_path, capsys):
