@@ -96,12 +96,11 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             ids = tokenizer(TEXT if text is None else text)["input_ids"]
         except Exception as error:  # of whatever library made the files
-            reason = " ".join(str(error).split())
             if text is not None:
                 raise ConversionError(
-                    f"`--verify-text`: the source's tokenizer does not load ({reason}). Correct it or leave this out."
+                    f"`--verify-text`: the source's tokenizer does not load ({error}). Correct it or leave this out."
                 ) from error
-            ids, origin = None, f"random ids, since the tokenizer does not load: {reason}"
+            ids, origin = None, "random ids, since the tokenizer does not load without its own code"
         else:
             origin = "the package's text" if text is None else "the given text"
             if not ids:

@@ -184,9 +184,11 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_source(folder: Path, name: str, dtype: torch.dtype = torch.float32, fused: bool = False, **overrides) -> Path:
+def make_source(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, fused: bool = False, seed: int = 0, **overrides
+) -> Path:
     """Saves a random model of some family with a tokenizer, in several shards."""
-    model = make_model(make_config(name, **overrides), dtype)
+    model = make_model(make_config(name, **overrides), dtype, seed)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, **ids)
     model.save_pretrained(folder, max_shard_size="60KB", save_original_format=not fused)

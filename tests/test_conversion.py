@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import conversion.core as converter
-from conversion import ConversionError, Options, convert, describe, plan_conversion
+from conversion import ConversionError, Options, checkpoint, convert, describe, plan_conversion
+from conversion.checkpoint import Checkpoint
 from conversion.cli import main
 from conversion.families import FAMILIES
 from modeling_coe.releases import CACHE
@@ -548,7 +549,172 @@ def test_text_to_verify_on(sources, copied, tmp_path):
     assert_refused(source, tmp_path / "out", "no tokenizer", verify_text="xyz")
 
 
+@torch.no_grad()
+def assert_computes_what_transformers_loads(source: Path, result: Path) -> None:
+    one, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (source, result))
+    inputs = batches()[0]
+    torch.testing.assert_close(other(**inputs).logits, one(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["tensors", "files", "config", "result"])
+def test_verification_is_independent_of_how_the_conversion_reads(copied, sources, tmp_path, monkeypatch, what):
+    """Whatever the conversion reads wrongly, transformers reads rightly, and the two differ."""
+    source = copied("olmoe")
+    if what == "tensors":
+        read = Checkpoint.read
+        monkeypatch.setattr(Checkpoint, "read", lambda self, key: read(self, key.replace("layers.1.", "layers.0.")))
+    elif what == "files":
+        stale = make_source(tmp_path / "stale", "olmoe", seed=7)
+        resolve = checkpoint._get_resolved_checkpoint_files
+        monkeypatch.setattr(
+            checkpoint, "_get_resolved_checkpoint_files", lambda _, **kwargs: resolve(str(stale), **kwargs)
+        )
+    elif what == "config":
+        read_json = checkpoint.read_json
+        monkeypatch.setattr(checkpoint, "read_json", lambda path: read_json(path) | {"clip_qkv": 0.01})
+    else:
+        write = converter.write_shard
+
+        def write_others(folder, shard, tensors):
+            write(folder, shard, ((name, tensor.flip(0)) for name, tensor in tensors))
+
+        monkeypatch.setattr(converter, "write_shard", write_others)
+    assert_refused(source, tmp_path / "out", "Verification failed", "argmax agreement")
+
+
+# ------------------------------------------------------------------------------------------- which files are read
+
+
+@pytest.fixture
+def stale(copied, tmp_path):
+    """A source, and the files of another save of it."""
+    return copied("olmoe"), make_source(tmp_path / "stale", "olmoe", seed=7)
+
+
+def merge_shards(source: Path, file: str = "model.safetensors") -> None:
+    tensors = stored(source)
+    for shard in source.glob("model*"):
+        shard.unlink()
+    save_file(tensors, source / file, {"format": "pt"})
+
+
+def test_single_file_comes_before_an_index(stale, tmp_path):
+    source, other = stale
+    merge_shards(source)
+    for file in other.glob("model*"):
+        shutil.copy(file, source)
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+
+
+def test_files_that_are_not_read(stale, tmp_path):
+    """Shards of an older save, another variant, another format."""
+    source, other = stale
+    merge_shards(other)
+    for name in ("model-00009-of-00009.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"):
+        shutil.copy(other / "model.safetensors", source / name)
+    (source / "pytorch_model.bin").write_bytes(b"")
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["newer.safetensors", "newer.safetensors.index.json"])
+def test_config_names_the_file(stale, tmp_path, file):
+    source, other = stale
+    if file.endswith(".json"):
+        (source / "model.safetensors.index.json").rename(source / file)
+    else:
+        merge_shards(source, file)
+    merge_shards(other)
+    shutil.copy(other / "model.safetensors", source)
+    edit_json(source / "config.json", transformers_weights=file)
+    for name, folder in (("out", source), ("back", tmp_path / "out")):
+        options = Options(to="source" if name == "back" else "coe")
+        convert(folder, tmp_path / name, options, verify_tokens=8)
+        assert "transformers_weights" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert_computes_what_transformers_loads(source, tmp_path / name)
+
+
+def test_config_of_a_chain_names_the_file(chains, tmp_path):
+    chain = Path(shutil.copytree(chains("olmoe", CHAINS[3]), tmp_path / "chain"))
+    merge_shards(chain, "newer.safetensors")
+    edit_json(chain / "config.json", transformers_weights="newer.safetensors")
+    convert(chain, tmp_path / "back", Options(to="source"), verify_tokens=8)
+    assert_computes_what_transformers_loads(chain, tmp_path / "back")
+
+
+def test_index_that_is_not_quite_right(stale, tmp_path):
+    """transformers reads all tensors of all files that are listed, wherever they lie."""
+    source, _ = stale
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    moved = sorted(set(index.values()))[0]
+    (tmp_path / "elsewhere").mkdir()
+    (source / moved).rename(tmp_path / "elsewhere" / moved)
+    index = {key: f"../elsewhere/{file}" if file == moved else file for key, file in index.items()}
+    index["model.norm.weight"] = index["model.embed_tokens.weight"]
+    del index["lm_head.weight"]
+    edit_json(source / "model.safetensors.index.json", weight_map=index)
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+
+
 # ------------------------------------------------------------------------------------------- odd sources
+
+
+@pytest.mark.parametrize("pad", [-1, -100, None, 99])
+def test_padding_ids_that_run_in_transformers(copied, tmp_path, pad):
+    """Negative ones count from the end of the vocabulary."""
+    source = copied("mixtral")
+    edit_json(source / "config.json", pad_token_id=pad)
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.config.pad_token_id == pad
+    assert model.model.embed_tokens.padding_idx == load(source).model.embed_tokens.padding_idx
+    model.save_pretrained(tmp_path / "saved")
+    assert_computes_what_transformers_loads(source, tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "back", Options(to="source"), verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "back").pad_token_id == pad
+    assert_same_tensors(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize("changes", [{"eos_token_id": 5000}, {"bos_token_id": -1}, {"eos_token_id": [2, 3]}])
+def test_other_ids_are_kept(copied, tmp_path, changes):
+    """transformers' models do not read them."""
+    source = copied("mixtral")
+    edit_json(source / "config.json", **changes)
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_folders_as_they_come(copied, tmp_path):
+    """Links into a cache, folders of licences, a card in another encoding."""
+    source = copied("olmoe")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(Path("..", "blobs", str(number)))
+    (source / "LICENSES").mkdir()
+    (source / "chat_template.d").mkdir()
+    (source / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    convert(source, tmp_path / "out", verify_tokens=8)
+    assert_computes_what_transformers_loads(source, tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+
+
+def test_layers_that_predict_further_tokens_must_be_counted(copied, tmp_path):
+    source = copied("deepseek_v3")
+    file = next(iter(source.glob("*.safetensors")))
+    save_file(load_file(file) | {"model.layers.2.enorm.weight": torch.ones(2)}, file, {"format": "pt"})
+    for count in (0, None):
+        edit_json(source / "config.json", num_nextn_predict_layers=count)
+        assert_refused(source, tmp_path / "out", f"`num_nextn_predict_layers={count}`", "model.layers.2.enorm.weight")
+    edit_json(source / "config.json", num_nextn_predict_layers=1)
+    assert convert(source, tmp_path / "out", verify_tokens=8)["tensors"]["dropped"].keys() == {
+        "model.layers.2.enorm.weight"
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
