@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import math
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ConversionError, OSError) as error:
         print(f"coe-convert: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # a fault of ours, or of a library: whoever mends it needs its place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"coe-convert: {args.source} was not converted, {type(error).__name__}: {' '.join(str(error).split())} (in "
+            f"{place.name}, line {place.lineno} of {Path(place.filename).name}). Nothing was kept. Please report this "
+            "line with config.json.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("coe-convert: interrupted, nothing was kept.", file=sys.stderr)

@@ -41,8 +41,10 @@ _COUNTS = (
     "first_k_dense_replace n_shared_experts shared_expert_intermediate_size num_nextn_predict_layers sliding_window"
 )
 _NUMBERS = "rms_norm_eps initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef"
-# Fields of which every unit is a tensor, or a row of one: no model is built of more than the weights can have.
-_COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "inner_iter")
+# Fields of which every unit is a tensor or a row of one. With more than the weights have, building a model has no end.
+_LIMITED = (
+    "num_hidden_layers num_experts num_local_experts n_routed_experts inner_iter hidden_size head_dim qk_rope_head_dim"
+)
 # Fields of the rotary embedding that it divides by, or takes powers of.
 _POSITIVE_IN_ROPE = ("rope_theta", "factor")
 # Fields of any configuration that transformers reads without looking.
@@ -115,7 +117,7 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             if value is not None and value < least:
                 raise _wrong(name, value, f"less than {least}")
     limit = max([len(checkpoint.tensors), *(size for tensor in checkpoint.tensors.values() for size in tensor.shape)])
-    for name in _COUNTED:
+    for name in _LIMITED.split():
         if (values.get(name) or 0) > limit:
             raise _wrong(name, values[name], "more than the weights can hold", "Correct it, or complete the weights.")
     pad, vocabulary = values.get("pad_token_id"), values.get("vocab_size")

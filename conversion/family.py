@@ -146,10 +146,17 @@ class Family:
             if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS.split())
         }
         values |= self.required | {name: compute(config) for name, compute in self.derived.items()}
+        for name, value in values.items():
+            if isinstance(value, int) and isinstance(getattr(config_class, name, None), float):
+                values[name] = float(value)  # which the families' classes insist on
         try:
             source = config_class(**copy.deepcopy(values))
         except (ValueError, StrictDataclassError) as error:
-            raise ConversionError(f"transformers' `{self.model_type}` cannot express this model: {error}") from error
+            message = " ".join(str(error).split())
+            raise ConversionError(
+                f"transformers' `{self.model_type}` cannot express this model: {message}. Correct config.json, if it "
+                "is wrong."
+            ) from error
         back = CoeConfig(**self.chain_fields(source)[0], inner_iter=1, prenorm_residual=True).to_dict()
         wrong = [
             f"`{name}={value}` (`{self.model_type}` means {back.get(name)})"

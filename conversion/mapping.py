@@ -261,8 +261,14 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
     is_official = checkpoint.config_dict["model_type"] == OFFICIAL_MODEL_TYPE
     changed = [name for name, value in vars(options).items() if value != vars(Options())[name]]
     if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype")]:
-        raise ConversionError(f"The source is a chain of experts already: {', '.join(wrong)} cannot change it.")
+        raise ConversionError(
+            f"The source is a chain of experts already: {', '.join(wrong)} cannot change it. Leave them out."
+        )
     if options.to == "source":
+        # First as it is: what does not fit the chain's own fields should be called by them.
+        plan = _plan_copy(checkpoint, config, config, options)
+        drop_tied_head(plan)
+        account(plan)
         return _plan_to_source(checkpoint, config, options)
     if is_official != (options.to == "coe"):
         raise ConversionError(
@@ -270,6 +276,12 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
             f"Convert it with `--to source`{'' if is_official else ' or `--to official`'}."
         )
     result = config if is_official else official_config(config)
+    return _plan_copy(checkpoint, config, result, options)
+
+
+def _plan_copy(
+    checkpoint: Checkpoint, config: CoeConfig, result: CoeConfig | dict[str, Any], options: Options
+) -> Plan:
     plan = Plan(checkpoint, config, result, options, config, config, True, "it has the same tensors")
     for key, tensor in checkpoint.tensors.items():
         plan.outputs.append(Output(key, tensor.shape, stored_dtype(key, tensor.dtype, options.dtype), key))
@@ -315,7 +327,10 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
         name = family.source_key(prefix + name)
         plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
     if problems:
-        raise ConversionError(f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}.")
+        raise ConversionError(
+            f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}. Only chains "
+            "whose scales are zero and whose routers are equal go back; use this one as it is."
+        )
     return plan
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion import convert
 from conversion.cli import main
 from conversion.families import FAMILIES
 
@@ -205,6 +206,18 @@ CONFIGS = {
         "weights.safetensors", "missing", "Download", transformers_weights="weights.safetensors"
     ),
     "weights elsewhere": one("transformers_weights", "../other.safetensors", "Correct"),
+    "iterations of other weights": config(
+        "`inner_iter=3`", "mlp.gate.2", "Correct", name="chain", options="--to source", inner_iter=3
+    ),
+    "experts of another chain": config(
+        "`n_routed_experts=9`", "mlp.experts.8", "Correct", name="chain", options="--to source", n_routed_experts=9
+    ),
+    "layers of another chain": config(
+        "`num_hidden_layers=3`", "model.layers.2", "Correct", name="chain", options="--to source", num_hidden_layers=3
+    ),
+    "rule of no chain": config(
+        "upcycling", "'merge'", "choose", name="chain", options="--to source", upcycling="merge"
+    ),
     "biased MLPs": config("`mlp_bias`", "True", "Correct", name="llama", options="--upcycle copy", mlp_bias=True),
 }
 FILES = {
@@ -336,6 +349,14 @@ OPTIONS = {
         options="--upcycle copy --experts 4 --top-k 5 --mode refine",
         name="llama",
     ),
+    "mode of a chain": Case(["--mode", "already", "Leave"], options="--to source --mode refine", name="chain"),
+    "chain to a chain": Case(["already", "Convert it with `--to source`"], name="chain"),
+    "scales that are not zero": Case(
+        ["`model.layers.1.iteration_scale` is not zero", "`olmoe`", "Only chains"],
+        tensor("model.layers.1.iteration_scale", lambda scale: scale + 1),
+        "--to source",
+        name="chain",
+    ),
     "to source": Case(["--to source", "`qwen3_moe`", "Chain-of-Experts"], options="--to source"),
     "unknown option": Case(["--fast", "unrecognized"], options="--fast"),
 }
@@ -353,7 +374,12 @@ def good(tmp_path_factory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("good")
 
     def source(name: str) -> Path:
-        return root / name if (root / name).exists() else make_source(root / name, name)
+        if (root / name).exists():
+            return root / name
+        if name == "chain":
+            convert(source("olmoe"), root / name, verify_tokens=8)
+            return root / name
+        return make_source(root / name, name)
 
     return source
 

@@ -323,6 +323,13 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         assert returned[key].dtype == original[key].dtype and torch.equal(returned[key], original[key]), key
 
 
+def test_whole_numbers_where_a_family_wants_fractions(chains, tmp_path):
+    chain = Path(shutil.copytree(chains("olmoe", CHAINS[3]), tmp_path / "chain"))
+    edit_json(chain / "config.json", aux_loss_alpha=0)
+    convert(chain, tmp_path / "back", Options(to="source"), verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "back").router_aux_loss_coef == 0
+
+
 def test_routers_that_differ_do_not_go_back_from_split(chains, tmp_path):
     key = "model.layers.1.mlp.gate.1.weight"
     for mode in ("split", "refine"):
@@ -871,6 +878,18 @@ def test_command_line(sources, tmp_path, capsys):
     assert main([str(sources("olmoe")), str(out)]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("coe-convert: ") and "exists" in printed.err and "Traceback" not in printed.err
+
+
+def test_fault_of_our_own_is_one_line(sources, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(converter, "plan_conversion", fail)
+    assert main([str(sources("olmoe")), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("coe-convert: ") and error.count("\n") == 1
+    for text in ("KeyError: 'lost'", "in fail, line ", "test_conversion.py", "report"):
+        assert text in error
 
 
 def test_module_runs(sources, tmp_path, monkeypatch, capsys):
