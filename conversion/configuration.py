@@ -32,13 +32,14 @@ from .families import FAMILIES
 
 # What must be 1 or more, and what 0 or more. What depends on other fields is left to the classes of configurations.
 _POSITIVE_COUNTS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings moe_intermediate_size num_experts num_local_experts n_routed_experts "
     "num_experts_per_tok q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
     "decoder_sparse_step moe_layer_freq inner_iter"
 )
 _COUNTS = (
-    "first_k_dense_replace n_shared_experts shared_expert_intermediate_size num_nextn_predict_layers sliding_window"
+    "intermediate_size first_k_dense_replace n_shared_experts shared_expert_intermediate_size "
+    "num_nextn_predict_layers sliding_window"
 )
 _NUMBERS = "rms_norm_eps initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef"
 # Fields of which every unit is a tensor or a row of one. With more than the weights have, building a model has no end.
