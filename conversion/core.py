@@ -20,7 +20,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,7 @@ def _check_space(out: Path, needed: int) -> None:
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place when the block ends, and is removed when it raises."""
     out = out.resolve()
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -238,6 +239,10 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
         shutil.rmtree(replaced, ignore_errors=True)
+        if not out.exists():
+            for parent in new_parents:
+                with suppress(OSError):  # someone else has put something there meanwhile
+                    parent.rmdir()
 
 
 def _clear_remains(out: Path) -> None:

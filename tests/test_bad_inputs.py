@@ -272,6 +272,11 @@ FILES = {
     "NaN": Case(
         [EXPERT, "NaN", "damaged"], tensor(EXPERT, lambda weight: weight.index_fill(0, torch.tensor([3]), torch.nan))
     ),
+    "infinity, on the way to a nested OUT": Case(
+        ["`model.norm.weight`", "infinity", "damaged"],
+        tensor("model.norm.weight", lambda weight: weight / 0),
+        out="a/b/c",
+    ),
     "tensor of no place": Case(
         ["`model.layers.1.extra.weight`", "no place", "Look whether"],
         lambda source: add(source, {"model.layers.1.extra.weight": torch.ones(2)}),
@@ -435,7 +440,8 @@ def test_bad_input_of_a_process(good, tmp_path, name):
     case = (CONFIGS | FILES | OPTIONS)[name]
     arguments = [sys.executable, "-m", "conversion", *prepare(case, good, tmp_path)]
     before = listing(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **quiet}
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode in (1, 2) and not run.stdout
     assert_message(run.stderr, case.words)
