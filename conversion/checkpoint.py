@@ -14,14 +14,17 @@
 """Checkpoints as folders of safetensors files, read and written one tensor at a time."""
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 class ConversionError(ValueError):
@@ -48,7 +51,7 @@ class Checkpoint:
     """The weights of a folder. Opening it checks all files' headers; tensors are read when they are asked for.
 
     Args:
-        folder: A folder with `config.json` and either `model.safetensors` or shards and their index.
+        folder: A folder with `config.json` and the safetensors files that transformers would read there.
 
     Raises:
         ConversionError: A file is missing, truncated, damaged, or not what the index says; or it is quantised.
@@ -56,7 +59,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config_dict = self._read_json(CONFIG_NAME)
+        self.config_dict = read_json(folder / CONFIG_NAME)
+        if (folder / ADAPTER_CONFIG_NAME).exists():
+            raise ConversionError(
+                f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to the weights. Merge "
+                "the two and save the model, or remove the adapter from (a copy of) the folder."
+            )
         if any(self.config_dict.get(name) for name in ("quantization_config", "compression_config")):
             raise ConversionError(
                 "The source is quantised (`quantization_config` in its config.json). Convert the original weights in "
@@ -64,8 +72,12 @@ class Checkpoint:
             )
         self._files: dict[str, safe_open] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        for file, listed in self._listed_files().items():
-            self._add_file(file, listed)
+        listed = self._find_files()
+        # The index may be wrong about which of its files holds a tensor: transformers reads all that they hold.
+        if lost := sorted(listed.keys() - self.tensors.keys()):
+            raise ConversionError(
+                f"{listed[lost[0]]} lacks tensors that the index lists in it: {shorten(lost)}. Download it again."
+            )
 
     @property
     def nbytes(self) -> int:
@@ -98,37 +110,76 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"`{key}` cannot be read from {file} ({error}).") from error
 
-    def _read_json(self, name: str) -> dict:
+    def _find_files(self) -> dict[str, str]:
+        """Opens the files that transformers reads, which it chooses itself. Returns what their index, if any, says:
+        tensors -> names of files."""
+        explicit = self.config_dict.get("transformers_weights")
+        if not isinstance(explicit, str | None):
+            raise ConversionError(
+                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, no name of a file. Correct or remove it."
+            )
         try:
-            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConversionError(f"There is no {name} in {self.folder}.") from None
-        except ValueError as error:
-            raise ConversionError(f"{name} in {self.folder} is not valid JSON ({error}).") from error
-        if not isinstance(content, dict):
-            raise ConversionError(f"{name} in {self.folder} is not a JSON object.")
-        return content
+            paths, index = _get_resolved_checkpoint_files(
+                str(self.folder),
+                variant=None,
+                gguf_file=None,
+                use_safetensors=None,
+                user_agent=None,
+                is_remote_code=False,
+                transformers_explicit_filename=explicit,
+            )
+        except Exception as error:
+            raise self._explain(explicit, error) from error
+        files = [os.path.relpath(path, self.folder) for path in paths]
+        if not files:
+            raise ConversionError(f"The index of the weights in {self.folder} lists no files. Download it again.")
+        if wrong := [file for file in files if not file.endswith(".safetensors")]:
+            raise ConversionError(
+                f"The weights in {self.folder} are {shorten(wrong)}. Only safetensors are read; load the model with "
+                "transformers and save it to get them."
+            )
+        if missing := [file for file in files if not (self.folder / file).is_file()]:
+            raise ConversionError(
+                f"{len(missing)} of {len(files)} weight files are missing in {self.folder}: {shorten(missing)}. "
+                "Download them again."
+            )
+        for file in files:
+            self._add_file(file)
+        return {} if index is None else index["weight_map"]
 
-    def _listed_files(self) -> dict[str, set[str]]:
-        """Names of the weight files -> the tensors that the index promises in them."""
-        if (self.folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-            listed: dict[str, set[str]] = {}
-            for key, file in self._read_json(SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).items():
-                listed.setdefault(file, set()).add(key)
-            if missing := sorted(file for file in listed if not (self.folder / file).is_file()):
-                raise ConversionError(
-                    f"{len(missing)} of {len(listed)} shards that {SAFE_WEIGHTS_INDEX_NAME} lists are missing: "
-                    f"{shorten(missing)}. Download them again."
+    def _explain(self, explicit: str | None, error: Exception) -> ConversionError:
+        """Why transformers does not find the weights."""
+        if explicit is not None and not explicit.endswith((".safetensors", ".safetensors.index.json")):
+            return ConversionError(
+                f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}, neither a safetensors file nor an index of "
+                "some. Correct or remove it."
+            )
+        index = self.folder / (explicit or SAFE_WEIGHTS_INDEX_NAME)
+        if index.is_file() and index.name.endswith(".json"):
+            content = read_json(index)
+            for name in ("metadata", "weight_map"):
+                if not isinstance(content.get(name), dict):
+                    return ConversionError(f"{index.name} has no object `{name}`. Download it again, or correct it.")
+            wrong = {name: file for name, file in content["weight_map"].items() if not isinstance(file, str)}
+            if wrong:
+                name, file = next(iter(wrong.items()))
+                return ConversionError(
+                    f"`weight_map` in {index.name} says that `{name}` is in {file!r}, which is no name of a file. "
+                    "Correct it, or download it again."
                 )
-            return dict(sorted(listed.items()))
-        if (self.folder / SAFE_WEIGHTS_NAME).exists():
-            return {SAFE_WEIGHTS_NAME: set()}
-        raise ConversionError(
-            f"There is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in {self.folder}. Only safetensors "
-            "are read; load the model with transformers and save it to get them."
+        elif explicit is not None:
+            return ConversionError(f"`transformers_weights` in {CONFIG_NAME} is {explicit!r}: {error}. Correct it.")
+        if isinstance(error, OSError):
+            return ConversionError(
+                f"There is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in {self.folder}. Only "
+                "safetensors are read; load the model with transformers and save it to get them."
+            )
+        return ConversionError(
+            f"transformers does not find the weights in {self.folder} ({type(error).__name__}: {error}). Correct "
+            f"{index.name}."
         )
 
-    def _add_file(self, file: str, listed: set[str]) -> None:
+    def _add_file(self, file: str) -> None:
         try:
             # Not memory-mapped: mapped pages would count as this process' memory until the file is closed.
             opened = safe_open(self.folder / file, framework="pt", backend="pread")
@@ -136,18 +187,41 @@ class Checkpoint:
             raise ConversionError(f"{file} is truncated or damaged ({error}). Download it again.") from error
         self._files[file] = opened
         keys = opened.keys()
-        if missing := sorted(listed - set(keys)):
-            raise ConversionError(f"{file} lacks tensors that the index lists in it: {shorten(missing)}.")
         for key in keys:
             header = opened.get_slice(key)
             if key in self.tensors:
-                raise ConversionError(f"`{key}` is in two files, {self.tensors[key].file} and {file}.")
+                raise ConversionError(
+                    f"`{key}` is in two files, {self.tensors[key].file} and {file}. Remove it from one of them."
+                )
             if header.get_dtype() not in DTYPES:
                 raise ConversionError(
                     f"`{key}` is stored as {header.get_dtype()}: the source is quantised, or is not made of weights "
                     f"only. Convert the original weights, in one of {', '.join(DTYPES)}."
                 )
             self.tensors[key] = StoredTensor(file, tuple(header.get_shape()), DTYPES[header.get_dtype()])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: There is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"There is no {path.name} in {path.parent}. Choose another folder.") from None
+    except OSError as error:
+        raise ConversionError(
+            f"{path.name} in {path.parent} cannot be read ({error.strerror}). Download it again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(
+            f"{path.name} in {path.parent} is not valid JSON ({error}). Correct it, or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path.name} in {path.parent} is not a JSON object. Correct it, or download it again.")
+    return content
 
 
 def check_finite(key: str, tensor: torch.Tensor, remedy: str = "The source is damaged.") -> None:
@@ -225,8 +299,8 @@ def parse_size(size: str | int) -> int:
         ConversionError: It is not one.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
-    if not match or not float(match[1]) > 0:
-        raise ConversionError(f"`{size}` is not a size. Write it like `5GB` or `300MB`.")
+    if not match or not 0 < float(match[1]) < math.inf:
+        raise ConversionError(f"`--max-shard-size {size}` is not a size. Write it like `5GB` or `300MB`.")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 

@@ -15,7 +15,9 @@
 
 import argparse
 import ctypes
+import math
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from .plan import Options
 from .report import describe
 
 
+_MOST_LAYERS = 10_000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ConversionError, OSError) as error:
         print(f"coe-convert: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # a fault of ours, or of a library: whoever mends it needs its place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"coe-convert: {args.source} was not converted, {reason} (in {place.name}, line {place.lineno} of "
+            f"{Path(place.filename).name}). Please report this line with config.json.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("coe-convert: interrupted, nothing was kept.", file=sys.stderr)
@@ -115,7 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=_layers, help="layers to convert, such as 4-20,22 (all)")
     parser.add_argument("--dtype", choices=_DTYPES, help="what to store weights as (as they are)")
     parser.add_argument(
-        "--router-noise", type=float, default=0.0, metavar="STD", help="noise on the routers of later iterations"
+        "--router-noise",
+        type=_not_negative,
+        default=0.0,
+        metavar="STD",
+        help="noise on the routers of later iterations",
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and new routers")
     parser.add_argument(
@@ -130,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     verification = parser.add_argument_group("verification, which is always done")
     verification.add_argument("--verify", type=_positive, default=256, metavar="N", help="number of tokens (256)")
     verification.add_argument("--verify-text", type=Path, metavar="FILE", help="text to take them from")
-    verification.add_argument("--tolerance", type=float, help="largest difference (1e-4 of the largest logit)")
+    verification.add_argument("--tolerance", type=_not_negative, help="largest difference (1e-4 of the largest logit)")
     output = parser.add_argument_group("output")
     output.add_argument("--max-shard-size", default="5GB", help="split larger shards (5GB)")
     output.add_argument("--overwrite", action="store_true", help="replace the model in OUT, once this one is complete")
@@ -145,13 +161,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return number
+
+
 def _layers(text: str) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 4-20,22")
-        layers.update(range(int(first), int(last if dash else first) + 1))
+        if int(last or first) >= _MOST_LAYERS:
+            raise argparse.ArgumentTypeError(f"{text!r} has layers that no model has")
+        layers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
 
 
@@ -159,4 +187,4 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"The text to verify on cannot be read: {error}") from error
+        raise ConversionError(f"`--verify-text {file}` cannot be read ({error}). Choose a text in UTF-8.") from error

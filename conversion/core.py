@@ -20,15 +20,16 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import CONFIG_NAME
@@ -43,6 +44,7 @@ from .checkpoint import (
     Shard,
     check_finite,
     parse_size,
+    read_json,
     shard_name,
     write_index,
     write_shard,
@@ -68,7 +70,14 @@ CARRIED_FILES = (
     "additional_chat_templates/*.jinja",
     "LICENSE*",
 )
-_DOWNLOADED_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES)
+_DOWNLOADED_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    *CARRIED_FILES,
+)
 
 
 def convert(
@@ -110,31 +119,21 @@ def convert(
     folder, name = find_source(source)
     out = Path(out)
     _check_target(out, folder, overwrite)
+    if push is not None:
+        _check_repository(push)
     plan = plan_conversion(folder, options or Options())
+    carried = _find_carried(folder)
     batch = make_batch(folder, plan.source_config, verify_tokens, verify_text)
     _check_space(out, plan.nbytes)
     with _staging(out, overwrite) as staging:
         with _bar("Writing", plan.nbytes, progress) as bar:
             _write_weights(plan, staging, shard_size, bar)
         _write_config(plan, staging)
-        for pattern in CARRIED_FILES:
-            for file in sorted(folder.glob(pattern)):
-                (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, staging / file.relative_to(folder))
-        result = Checkpoint(staging)
-        # As whoever loads the result gets it.
-        config = AutoConfig.from_pretrained(staging, trust_remote_code=False)
-        with _bar("Verifying", plan.checkpoint.nbytes + result.nbytes, progress) as bar:
-            verification = compare(
-                plan.checkpoint,
-                plan.source_config,
-                result,
-                config,
-                batch,
-                dtype=plan.options.dtype,
-                tolerance=tolerance,
-                on_read=bar.update,
-            )
+        for file in carried:
+            (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, staging / file.relative_to(folder))
+        with _bar("Verifying", plan.checkpoint.nbytes + plan.nbytes, progress) as bar:
+            verification = compare(folder, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
         _judge(plan, verification)
         report = make_report(plan, name, verification)
         write_report(report, staging)
@@ -159,12 +158,36 @@ def find_source(source: str | Path) -> tuple[Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
-        raise ConversionError(f"SOURCE {source} is neither a folder nor the name of a repository of the Hub.")
+        raise ConversionError(
+            f"SOURCE {source} is neither a folder nor the name of a repository of the Hub. Choose one."
+        )
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED_FILES))), str(source)
     except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(f"{source} is no local folder, and the Hub does not give it: {reason}") from error
+
+
+def _find_carried(folder: Path) -> list[Path]:
+    """The files of a folder that go over into the result as they are.
+
+    Raises:
+        ConversionError: One cannot be read, or is JSON by its name alone.
+    """
+    files = [file for pattern in CARRIED_FILES for file in sorted(folder.glob(pattern)) if not file.is_dir()]
+    for file in files:
+        if file.suffix == ".json":
+            read_json(file)
+        elif not os.access(file, os.R_OK):
+            raise ConversionError(f"{file.name} in {folder} cannot be read. Download it again, or remove it.")
+    return files
+
+
+def _check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConversionError(f"`--push {name}` is no name of a repository. Write it like `user/model`.") from error
 
 
 def _check_target(out: Path, source: Path, overwrite: bool) -> None:
@@ -191,7 +214,11 @@ def _check_space(out: Path, needed: int) -> None:
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place when the block ends, and is removed when it raises."""
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConversionError(f"OUT {out} cannot be made ({error}). Choose another OUT.") from error
     _clear_remains(out)
     owner = f"{platform.node()}.{os.getpid()}"
     staging, replaced = (out.with_name(f".{out.name}.{owner}.{kind}") for kind in ("partial", "replaced"))
@@ -206,12 +233,16 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
             raise ConversionError(f"There is no room for the result ({error.strerror}). Nothing was kept.") from error
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise ConversionError(f"OUT {out} has been made by someone else meanwhile. Nothing was kept.") from error
-        raise
+        raise ConversionError(f"OUT {out} cannot be written ({error}). Nothing was kept; choose another.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if replaced.exists() and not out.exists():
             replaced.rename(out)
         shutil.rmtree(replaced, ignore_errors=True)
+        if not out.exists():
+            for parent in new_parents:
+                with suppress(OSError):  # someone else has put something there meanwhile
+                    parent.rmdir()
 
 
 def _clear_remains(out: Path) -> None:
@@ -294,8 +325,6 @@ def _write_config(plan: Plan, folder: Path) -> None:
 
 
 def _judge(plan: Plan, verification: Verification) -> None:
-    if not torch.tensor(verification.max_abs_difference).isfinite():
-        raise ConversionError(f"Verification failed: logits are not finite. {verification}. Nothing was kept.")
     if plan.exact and not verification.passed:
         raise ConversionError(f"Verification failed: {verification}. Nothing was kept.")
 

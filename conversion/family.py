@@ -88,6 +88,15 @@ class Family:
         """All fields of the source's config with a counterpart in `CoeConfig`, and that."""
         return {name: name for name in f"{COMMON_FIELDS} {self.same}".split()} | self.renamed
 
+    def source_field(self, name: str, config: PreTrainedConfig) -> str | None:
+        """What config.json calls a field of `CoeConfig`, `None` where the family has no such field."""
+        names = {chain: source for source, chain in self.fields.items()}
+        names |= {name: name for name in (*self.required, *self.derived)}
+        names.setdefault("moe_intermediate_size", "intermediate_size")  # where all MLPs are of one width
+        if name not in names or not hasattr(config, names[name]):
+            return None
+        return config.attribute_map.get(names[name], names[name])
+
     def chain_key(self, key: str) -> str:
         """The name that a tensor of the source has in a chain."""
         return _rename(key, self.keys.items())
@@ -101,7 +110,7 @@ class Family:
         for pattern, reason in (_DROPPED_KEYS | self.dropped_keys).items():
             match = re.search(pattern, key)
             # A group, where there is one, is a layer: those that predict further tokens follow on the model's own.
-            extra = range(getattr(config, "num_nextn_predict_layers", 0))
+            extra = range(getattr(config, "num_nextn_predict_layers", None) or 0)
             if match and (not match.groups() or int(match[1]) - config.num_hidden_layers in extra):
                 return reason
         return None
@@ -137,10 +146,17 @@ class Family:
             if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS.split())
         }
         values |= self.required | {name: compute(config) for name, compute in self.derived.items()}
+        for name, value in values.items():
+            if isinstance(value, int) and isinstance(getattr(config_class, name, None), float):
+                values[name] = float(value)  # which the families' classes insist on
         try:
             source = config_class(**copy.deepcopy(values))
         except (ValueError, StrictDataclassError) as error:
-            raise ConversionError(f"transformers' `{self.model_type}` cannot express this model: {error}") from error
+            message = " ".join(str(error).split())
+            raise ConversionError(
+                f"transformers' `{self.model_type}` cannot express this model: {message}. Correct config.json, if it "
+                "is wrong."
+            ) from error
         back = CoeConfig(**self.chain_fields(source)[0], inner_iter=1, prenorm_residual=True).to_dict()
         wrong = [
             f"`{name}={value}` (`{self.model_type}` means {back.get(name)})"

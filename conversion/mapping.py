@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
 from .checkpoint import Checkpoint, ConversionError, StoredTensor, shorten, stored_dtype
+from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
 from .family import Family
@@ -57,7 +57,7 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
             options ask for.
     """
     checkpoint = Checkpoint(folder)
-    config = _load_config(checkpoint.config_dict)
+    config = load_config(checkpoint)
     if isinstance(config, CoeConfig):
         plan = _plan_from_chain(checkpoint, config, options)
     else:
@@ -65,17 +65,6 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
     drop_tied_head(plan)
     account(plan)
     return plan
-
-
-def _load_config(config_dict: dict[str, Any]) -> PreTrainedConfig:
-    model_type = config_dict.get("model_type")
-    supported = [*FAMILIES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
-    if model_type not in supported:
-        raise ConversionError(f"The architecture {model_type!r} is not supported. These are: {', '.join(supported)}.")
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config_dict))
-    except Exception as error:
-        raise ConversionError(f"config.json is not a valid `{model_type}` configuration: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- source -> chain
@@ -87,7 +76,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
         raise ConversionError(f"`--to {options.to}` converts Chain-of-Experts models; this is `{family.model_type}`.")
     fields, remarks = family.chain_fields(source_config)
     if family.dense:
-        before = _configure(fields | _SINGLE | {"n_routed_experts": None})
+        before = _configure(fields | _SINGLE | {"n_routed_experts": None}, source_config)
         experts, exact, explanation = _dense_to_experts(source_config, options)
         fields |= experts
     else:
@@ -96,14 +85,14 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
                 f"`{family.model_type}` has experts already. `--upcycle`, `--experts` and `--top-k` make experts of "
                 "dense models; leave them out."
             )
-        before, exact = _configure(fields | _SINGLE), True
+        before, exact = _configure(fields | _SINGLE, source_config), True
         explanation = "it has the source's experts and routers"
     options, chain, reason = _chain(fields, options, dense=family.dense)
     if reason or options.router_noise:
         exact, explanation = False, reason or "noise was added to the routers of later iterations"
     elif options.mode != "identity":
         explanation += ", and its iteration scales are zero"
-    config = _configure(fields | chain)
+    config = _configure(fields | chain, source_config)
     plan = Plan(checkpoint, source_config, config, options, before, config, exact, explanation, remarks=remarks)
     for key, tensor in checkpoint.tensors.items():
         if reason := family.dropped(key, source_config):
@@ -113,11 +102,21 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
     return plan
 
 
-def _configure(fields: dict[str, Any]) -> CoeConfig:
-    try:
+def _configure(fields: dict[str, Any], source: PreTrainedConfig | None = None) -> CoeConfig:
+    """A chain's configuration. Errors call its fields as `source` does, where that has them."""
+
+    def make(fields: dict[str, Any]) -> CoeConfig:
         return CoeConfig(**copy.deepcopy(fields))
+
+    try:
+        return make(fields)
     except (ValueError, StrictDataclassError) as error:
-        raise ConversionError(f"There is no such chain: {error}") from error
+        names = [name for name in find_culprits(fields, make) if name not in _SINGLE]
+        if source is not None:
+            names = [FAMILIES[source.model_type].source_field(name, source) or name for name in names]
+        message = " ".join(str(error).split())
+        culprits = f" Correct {', '.join(f'`{name}`' for name in names)}." if names else ""
+        raise ConversionError(f"There is no such chain: {message}{culprits}") from error
 
 
 def _dense_to_experts(config: PreTrainedConfig, options: Options) -> tuple[dict[str, Any], bool, str]:
@@ -168,13 +167,14 @@ def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Optio
         allowed = f"Allowed are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
         if top_k < iterations:
             raise ConversionError(
-                f"A token uses {top_k} experts, which cannot be split over {iterations} iterations. {allowed}."
+                f"A token uses {top_k} experts (`num_experts_per_tok`), which cannot be split over {iterations} "
+                f"iterations. {allowed}."
             )
         if top_k % iterations:
             if not options.round_top_k:
                 raise ConversionError(
-                    f"A token uses {top_k} experts, no multiple of {iterations} iterations. {allowed}, or let "
-                    "`--round-top-k` change the number of experts (and the function)."
+                    f"A token uses {top_k} experts (`num_experts_per_tok`), no multiple of {iterations} iterations. "
+                    f"{allowed}, or let `--round-top-k` change the number of experts (and the function)."
                 )
             rounded = int(top_k / iterations + 0.5) * iterations
             reason = f"a token uses {rounded} experts instead of {top_k}"
@@ -261,8 +261,14 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
     is_official = checkpoint.config_dict["model_type"] == OFFICIAL_MODEL_TYPE
     changed = [name for name, value in vars(options).items() if value != vars(Options())[name]]
     if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype")]:
-        raise ConversionError(f"The source is a chain of experts already: {', '.join(wrong)} cannot change it.")
+        raise ConversionError(
+            f"The source is a chain of experts already: {', '.join(wrong)} cannot change it. Leave them out."
+        )
     if options.to == "source":
+        # First as it is: what does not fit the chain's own fields should be called by them.
+        plan = _plan_copy(checkpoint, config, config, options)
+        drop_tied_head(plan)
+        account(plan)
         return _plan_to_source(checkpoint, config, options)
     if is_official != (options.to == "coe"):
         raise ConversionError(
@@ -270,6 +276,12 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
             f"Convert it with `--to source`{'' if is_official else ' or `--to official`'}."
         )
     result = config if is_official else official_config(config)
+    return _plan_copy(checkpoint, config, result, options)
+
+
+def _plan_copy(
+    checkpoint: Checkpoint, config: CoeConfig, result: CoeConfig | dict[str, Any], options: Options
+) -> Plan:
     plan = Plan(checkpoint, config, result, options, config, config, True, "it has the same tensors")
     for key, tensor in checkpoint.tensors.items():
         plan.outputs.append(Output(key, tensor.shape, stored_dtype(key, tensor.dtype, options.dtype), key))
@@ -315,7 +327,10 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
         name = family.source_key(prefix + name)
         plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
     if problems:
-        raise ConversionError(f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}.")
+        raise ConversionError(
+            f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}. Only chains "
+            "whose scales are zero and whose routers are equal go back; use this one as it is."
+        )
     return plan
 
 

@@ -15,7 +15,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,13 +165,30 @@ def account(plan: Plan) -> None:
         source, shape = produced[name].source, produced[name].shape
         problems.append(f"`{source}` makes `{name}` {list(shape)}, where {list(expected[name])} is expected")
     if problems:
-        fields = sorted({name for key in missing + surplus + wrong for name in _fields_of(key)})
-        fields = ", ".join(f"`{_source_field(plan, name)}`" for name in fields)
+        fields = []
+        for keys, others in ((missing, _layers(produced)), (surplus, _layers(expected))):
+            fields += [field for key in keys for field in _deciding_fields(key, others)]
+        for key in wrong:
+            # What the tensor has the size of is no reason for its having another.
+            sizes = _matching(_SIZES, key)
+            fields += [field for field in sizes if getattr(config, field, None) not in produced[key].shape]
         raise ConversionError(
-            "The weights do not fit config.json:\n  "
-            + "\n  ".join(problems)
-            + f"\nLook at {fields} in config.json, or whether the source is complete."
+            "The weights do not fit config.json:\n  " + "\n  ".join(problems) + f"\n{_remedy(plan, set(fields))}"
         )
+
+
+def _remedy(plan: Plan, fields: set[str]) -> str:
+    """What to do where some fields of a `CoeConfig` do not fit the weights, in the source's own names."""
+    config, family = plan.source_config, FAMILIES.get(plan.source_config.model_type)
+    names = [name if family is None else family.source_field(name, config) for name in sorted(fields)]
+    values = {name: getattr(config, name) for name in names if name is not None and hasattr(config, name)}
+    if not values:
+        return "Look whether the source is complete, and of this architecture alone."
+    listed = ", ".join(f"`{name}={value!r}`" for name, value in values.items())
+    remedy = f"Correct {listed} in config.json, or complete the source."
+    if _MTP_LAYERS in values:
+        remedy += f" Layers that predict further tokens (MTP) are dropped where `{_MTP_LAYERS}` counts them."
+    return remedy
 
 
 def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str, tuple[int, ...]]:
@@ -184,27 +201,54 @@ def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str,
     return {name: tuple(tensor.shape) for name, tensor in (fused | split).items()}
 
 
-# Parts of a tensor's name -> the fields that decide whether it exists and how large it is.
-_FIELDS = {
-    r"^model\.layers": ("num_hidden_layers",),
-    r"experts\.|mlp\.gate\.": ("n_routed_experts", "moe_intermediate_size"),
-    r"shared_expert": ("n_shared_experts", "shared_expert_intermediate_size"),
-    r"mlp\.(gate|up|down)_proj": ("first_k_dense_replace", "mlp_only_layers", "intermediate_size"),
-    r"self_attn": ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    r"bias$": ("attention_bias", "qkv_bias"),
-    r"embed_tokens|lm_head": ("vocab_size", "tie_word_embeddings"),
-    r"iteration_scale|mlp\.gate\.\d": ("inner_iter", "chain_layers"),
-    r"": ("hidden_size",),
+# Parts of tensors' names -> the fields that decide whether there is such a tensor in a layer.
+_EXISTENCE = {
+    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
+    r"e_score_correction_bias$": "topk_method",
+    r"self_attn\.q_(proj|a_proj|b_proj|a_layernorm)\.weight": "q_lora_rank",
+    r"self_attn\..*bias$": "attention_bias qkv_bias",
+    r"mlp\..*_proj\.bias$": "mlp_bias",
+    r"lm_head": "tie_word_embeddings",
+    r"iteration_scale": "upcycling inner_iter chain_layers",
+    r"mlp\.gate\.\d": "inner_iter chain_layers",
 }
+# Likewise, how large it is.
+_SIZES = {
+    r"experts\.": "moe_intermediate_size",
+    r"experts\.(gate_up|up|gate|down)_proj$|gate\.(\d\.)?weight|e_score_correction_bias": "n_routed_experts",
+    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
+    r"mlp\.(gate|up|down)_proj": "intermediate_size",
+    r"self_attn\.[qo]": "num_attention_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank",
+    r"self_attn\.[kv]": "num_key_value_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank",
+    r"embed_tokens|lm_head": "vocab_size",
+    r"iteration_scale": "inner_iter",
+    r"": "hidden_size",
+}
+_MTP_LAYERS = "num_nextn_predict_layers"
+_EXPERTS = re.compile(r"\.experts\.|\.gate\.")
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
-def _fields_of(name: str) -> list[str]:
-    return [field for pattern, fields in _FIELDS.items() if re.search(pattern, name) for field in fields]
+def _matching(table: dict[str, str], name: str) -> list[str]:
+    return [field for pattern, fields in table.items() if re.search(pattern, name) for field in fields.split()]
 
 
-def _source_field(plan: Plan, name: str) -> str:
-    family = FAMILIES.get(plan.source_config.model_type)
-    names = {} if family is None else {chain: source for source, chain in family.fields.items()}
-    name = names.get(name, name)
-    other = plan.source_config.attribute_map.get(name)
-    return other if other in plan.checkpoint.config_dict and name not in plan.checkpoint.config_dict else name
+def _layers(names: Iterable[str]) -> dict[str, bool]:
+    """The layers that tensors are of -> whether these have experts."""
+    layers: dict[str, bool] = {}
+    for name in names:
+        if layer := _LAYER.match(name):
+            layers[layer[0]] = layers.get(layer[0], False) or bool(_EXPERTS.search(name))
+    return layers
+
+
+def _deciding_fields(name: str, layers: dict[str, bool]) -> list[str]:
+    """Fields that decide whether a tensor exists which the other side, that has `layers`, lacks."""
+    if (layer := _LAYER.match(name)) and layer[0] not in layers:
+        return ["num_hidden_layers", _MTP_LAYERS]
+    if layer and re.search(r"\.(mlp|block_sparse_moe)\.", name) and "shared_expert" not in name:
+        if bool(_EXPERTS.search(name)) != layers[layer[0]]:
+            return ["first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step"]
+        if ".experts." in name:
+            return ["n_routed_experts"]
+    return _matching(_EXISTENCE, name)

@@ -11,30 +11,32 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Compares what two checkpoints compute, one layer in memory at a time.
+"""Compares what two folders' models compute, one layer in memory at a time.
 
-Both are run by transformers' model classes and read by its own loading code. The tables of the conversion take no
-part, so a wrong table shows.
+Both are loaded as whoever uses them loads them, by `from_pretrained`: it finds and reads the configuration and the
+files. Neither the conversion's tables nor its way of reading take part, so a fault of theirs shows.
 """
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from .checkpoint import Checkpoint, ConversionError, shorten, stored_dtype
+from .checkpoint import ConversionError, shorten, stored_dtype
 from .sample_text import TEXT
 
 
@@ -95,21 +97,23 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
             ids = tokenizer(TEXT if text is None else text)["input_ids"]
         except Exception as error:  # of whatever library made the files
             if text is not None:
-                raise ConversionError(f"The source's tokenizer does not load ({error}).") from error
+                raise ConversionError(
+                    f"`--verify-text`: the source's tokenizer does not load ({error}). Correct it or leave this out."
+                ) from error
             ids, origin = None, "random ids, since the tokenizer does not load without its own code"
         else:
             origin = "the package's text" if text is None else "the given text"
             if not ids:
-                raise ConversionError("The text to verify on has no tokens.")
+                raise ConversionError("`--verify-text`: the text has no tokens. Choose another.")
             if max(ids) >= config.vocab_size:
                 raise ConversionError(
                     f"The tokenizer has the id {max(ids)}, beyond `vocab_size={config.vocab_size}`: it is not this "
-                    "model's, or config.json is wrong."
+                    "model's, or config.json is wrong. Correct either."
                 )
     elif text is None:
         ids, origin = None, "random ids, since there is no tokenizer"
     else:
-        raise ConversionError("The source has no tokenizer for the text to verify on.")
+        raise ConversionError("`--verify-text`: the source has no tokenizer for it. Leave it out.")
     if ids is None:
         ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     ids = (ids * math.ceil(tokens / len(ids)))[:tokens]
@@ -117,19 +121,17 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
     length = tokens if tokens < 4 else math.ceil(2 * tokens / 3)
     length = min(length, config.max_position_embeddings)
     rows = [ids[start : start + length] for start in range(0, tokens, length)]
-    padding = config.pad_token_id if config.pad_token_id is not None else 0
     return Batch(
-        torch.tensor([[padding] * (length - len(row)) + row for row in rows]),
+        # Padding is masked: any token will do.
+        torch.tensor([[0] * (length - len(row)) + row for row in rows]),
         torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         origin,
     )
 
 
 def compare(
-    source: Checkpoint,
-    source_config: PreTrainedConfig,
-    result: Checkpoint,
-    result_config: PreTrainedConfig,
+    source: Path,
+    result: Path,
     batch: Batch,
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -138,18 +140,18 @@ def compare(
     """Runs both models in float32 and compares their logits.
 
     Args:
-        source, source_config: The one model.
-        result, result_config: The other.
+        source: The folder of the one model.
+        result: That of the other.
         batch: The tokens.
         dtype: What the source's tensors are rounded to first: what the result is stored as, if that is another.
         tolerance: Largest difference; by default `1e-4 * max(1, largest logit)`.
         on_read: Called with the size of every tensor that is read.
 
     Raises:
-        ConversionError: transformers cannot load one of them.
+        ConversionError: transformers cannot load or run one of them.
     """
-    expected = compute_logits(source, source_config, batch, dtype, on_read)
-    actual = compute_logits(result, result_config, batch, None, on_read)
+    expected = _checked_logits("source", source, batch, dtype, on_read)
+    actual = _checked_logits("result", result, batch, None, on_read)
     largest = expected.abs().max().item()
     agreement = (expected.argmax(-1) == actual.argmax(-1)).float().mean().item()
     difference = actual.sub_(expected).abs_()
@@ -164,29 +166,64 @@ def compare(
     )
 
 
+def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
+    try:
+        logits = compute_logits(folder, batch, *arguments)
+    except ConversionError as error:
+        raise ConversionError(f"Verification failed. The {what}: {error}") from error
+    except Exception as error:  # of whatever part of transformers, which the message must name
+        raise ConversionError(
+            f"Verification failed. transformers {transformers.__version__} cannot run the {what}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}. Correct config.json or the weights."
+        ) from error
+    if not logits.isfinite().all():
+        raise ConversionError(
+            f"Verification failed. Logits of the {what} are not finite in transformers {transformers.__version__}: "
+            "correct config.json or the weights."
+        )
+    return logits
+
+
 @torch.no_grad()
 def compute_logits(
-    checkpoint: Checkpoint,
-    config: PreTrainedConfig,
+    folder: Path,
     batch: Batch,
     dtype: torch.dtype | None = None,
     on_read: Callable[[int], object] = lambda nbytes: None,
 ) -> torch.Tensor:
-    """Logits (tokens that are no padding, vocabulary) in float32 of a model that is never in memory as a whole."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    # Not in the checkpoint: computed from the config.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    """Logits (tokens that are no padding, vocabulary) in float32 of a folder's model, as `from_pretrained` loads it
+    but never in memory as a whole."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _quiet_loading():
-        _load_on_demand(model, checkpoint, dtype, on_read)
+        model_class = _on_demand(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
+        model = model_class.from_pretrained(folder, dtype=torch.float32)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[batch.attention_mask.bool()]
 
 
-def _load_on_demand(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype | None, on_read) -> None:
-    """Hooks that load embedding, layers, norm and head when they are called, and drop them afterwards."""
-    mapping = get_model_conversion_mapping(model)
-    load_config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on_read) -> type[PreTrainedModel]:
+    """A model class whose `from_pretrained` leaves the weights where they are: embedding, layers, norm and head are
+    read when they are called, and dropped afterwards."""
+
+    def load(model, state_dict, checkpoint_files, load_config: LoadStateDictConfig):
+        tensors: dict[str, _LazyTensor] = {}
+        for file in checkpoint_files:
+            # Not memory-mapped: mapped pages would count as this process' memory until the file is closed.
+            opened = safe_open(file, framework="pt", backend="pread")
+            keys = opened.keys()
+            tensors |= {key: _LazyTensor(opened, key, dtype, on_read) for key in keys}
+        read = partial(model_class._load_pretrained_model, model, checkpoint_files=None, load_config=load_config)
+        _add_hooks(model, tensors, load_config.weight_mapping or [], read)
+        info, _ = read({})
+        info.missing_keys.clear()  # they are yet to come
+        return info, None
+
+    # transformers looks for properties of a class in its module, and for rules of renaming by its name.
+    names = {"__module__": model_class.__module__, "_load_pretrained_model": staticmethod(load)}
+    return type(model_class.__name__, (model_class,), names)
+
+
+def _add_hooks(model: PreTrainedModel, tensors: dict[str, "_LazyTensor"], mapping: list, read: Callable) -> None:
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
     state = model.state_dict()
@@ -194,7 +231,7 @@ def _load_on_demand(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch
     blocks = {"model.embed_tokens": model.model.embed_tokens, **layers}
     blocks |= {"model.norm": model.model.norm, "lm_head": model.lm_head}
     keys: dict[str, list[str]] = defaultdict(list)
-    for key in checkpoint.tensors:
+    for key in tensors:
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name in state:
             keys[next(block for block in blocks if name.startswith(f"{block}."))].append(key)
@@ -202,18 +239,16 @@ def _load_on_demand(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch
         keys["lm_head"] = keys["model.embed_tokens"]
 
     def load(block: str, module: nn.Module) -> None:
-        tensors = {key: _LazyTensor(checkpoint, key, dtype, on_read) for key in keys[block]}
-        info, _ = type(model)._load_pretrained_model(model, tensors, None, load_config)
+        info, _ = read({key: tensors[key] for key in keys[block]})
         if block == "lm_head" and model.config.tie_word_embeddings:
             model.tie_weights()
         problems = [*info.conversion_errors.values(), *info.error_msgs]
         problems += [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info.mismatched_keys]
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        problems += [f"{block}.{name} is missing" for name, tensor in tensors if tensor.is_meta]
+        loaded = [*module.named_parameters(), *module.named_buffers()]
+        problems += [f"{block}.{name} is missing" for name, tensor in loaded if tensor.is_meta]
         if problems:
             raise ConversionError(
-                f"transformers cannot load {block} of {checkpoint.folder.name} as `{model.config.model_type}`: "
-                f"{shorten(problems)}."
+                f"transformers cannot load {block} as `{model.config.model_type}`: {shorten(problems)}."
             )
 
     def drop(module: nn.Module, *_) -> None:
@@ -225,13 +260,13 @@ def _load_on_demand(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch
 
 
 class _LazyTensor:
-    """A tensor of a checkpoint that is read, and rounded, when transformers' loading code asks for it."""
+    """A tensor of a file that is read, and rounded, when transformers' loading code asks for it."""
 
-    def __init__(self, checkpoint: Checkpoint, key: str, dtype: torch.dtype | None, on_read):
-        self.checkpoint, self.key, self.dtype, self.on_read = checkpoint, key, dtype, on_read
+    def __init__(self, file: safe_open, key: str, dtype: torch.dtype | None, on_read):
+        self.file, self.key, self.dtype, self.on_read = file, key, dtype, on_read
 
     def __getitem__(self, _) -> torch.Tensor:
-        tensor = self.checkpoint.read(self.key)
+        tensor = self.file.get_tensor(self.key)
         self.on_read(tensor.nbytes)
         return tensor.to(stored_dtype(self.key, tensor.dtype, self.dtype))
 

@@ -1,9 +1,11 @@
 """Tiny checkpoints of every family that can be converted, made with transformers' own classes."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -182,11 +184,35 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_source(folder: Path, name: str, dtype: torch.dtype = torch.float32, fused: bool = False, **overrides) -> Path:
+def make_source(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, fused: bool = False, seed: int = 0, **overrides
+) -> Path:
     """Saves a random model of some family with a tokenizer, in several shards."""
-    model = make_model(make_config(name, **overrides), dtype)
+    model = make_model(make_config(name, **overrides), dtype, seed)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, **ids)
     model.save_pretrained(folder, max_shard_size="60KB", save_original_format=not fused)
     save_tokenizer(folder)
     return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
+
+
+def edit_json(file: Path, **changes) -> None:
+    """Gives fields other values; `...` takes one away."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def edit_tensor(folder: Path, key: str, change) -> None:
+    """Replaces a tensor in the file that holds it; `None` removes it there."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if key in tensors:
+            changed = change(tensors.pop(key))
+            save_file(tensors if changed is None else tensors | {key: changed.contiguous()}, file, {"format": "pt"})
+            return
+    raise AssertionError(key)

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -154,6 +155,53 @@ class TestLoading:
         assert not (info.conversion_errors or info.error_msgs or info.mismatched_keys), (
             "`coe-convert` cannot tell what failed to load"
         )
+
+    def test_deferred_loading(self, tmp_path):
+        """A subclass takes the place of the class that `from_pretrained` was asked for, and of its loading."""
+        tiny_model().save_pretrained(tmp_path)
+        calls = []
+
+        def load(model, state_dict, checkpoint_files, load_config):
+            calls.append(checkpoint_files)
+            info, _ = CoeForCausalLM._load_pretrained_model(model, {}, None, load_config)
+            info.missing_keys.clear()
+            return info, None
+
+        names = {"__module__": CoeForCausalLM.__module__, "_load_pretrained_model": staticmethod(load)}
+        model = type("CoeForCausalLM", (CoeForCausalLM,), names).from_pretrained(tmp_path)
+        assert [str(file) for file in calls[0]] == [str(tmp_path / "model.safetensors")], (
+            "`coe-convert` would verify other files than `from_pretrained` loads"
+        )
+        assert all(parameter.is_meta for parameter in model.parameters()), (
+            "`coe-convert` would have a whole model in memory to verify its result"
+        )
+        assert torch.equal(model.model.rotary_emb.inv_freq, tiny_model().model.rotary_emb.inv_freq), (
+            "what is in no checkpoint is not computed: `coe-convert` would verify garbage"
+        )
+
+    def test_resolved_checkpoint_files(self, tmp_path):
+        def resolve(explicit=None):
+            files, index = modeling_utils._get_resolved_checkpoint_files(
+                str(tmp_path),
+                variant=None,
+                gguf_file=None,
+                use_safetensors=None,
+                user_agent=None,
+                is_remote_code=False,
+                transformers_explicit_filename=explicit,
+            )
+            return [Path(file).relative_to(tmp_path).as_posix() for file in files], index
+
+        message = "`coe-convert` reads other files than transformers, or none"
+        with pytest.raises(OSError):
+            resolve()
+        index = {"metadata": {}, "weight_map": {"a": "x.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        files, found = resolve()
+        assert files == ["x.safetensors"] and found["weight_map"] == {"a": "x.safetensors"}, message
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert resolve() == (["model.safetensors"], None), message
+        assert resolve("y.safetensors") == (["y.safetensors"], None), message
 
     def test_conversion_mapping(self):
         mapping = get_checkpoint_conversion_mapping("deepseek_v2")
