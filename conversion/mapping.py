@@ -97,6 +97,8 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
     for key, tensor in checkpoint.tensors.items():
         if reason := family.dropped(key, source_config):
             plan.dropped[key] = reason
+        elif "shared_expert_gate" in key and not config.shared_expert_width:
+            plan.dropped[key] = "it gates shared experts of width 0"
         else:
             plan.outputs += _chain_outputs(key, tensor, family, config, options)
     return plan
@@ -308,7 +310,7 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     for key, tensor in checkpoint.tensors.items():
         match = _LAYER_KEY.fullmatch(key)
         prefix, name = (key[: match.start(2)], match[2]) if match else ("", key)
-        if name == "iteration_scale":
+        if name in ("iteration_scale", "iteration_scale.weight"):  # on disk, and as a state dict has it
             if checkpoint.read(key).any():
                 problems.append(f"`{key}` is not zero")
             plan.dropped[key] = "zero"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import conversion.core as converter
 from conversion import ConversionError, Options, checkpoint, convert, describe, plan_conversion
@@ -29,7 +29,7 @@ from conversion.families import FAMILIES
 from modeling_coe.releases import CACHE
 
 from .conversion_sources import MOE_SOURCES, edit_json, edit_tensor, make_config, make_model, make_source, stored
-from .helpers import ROOT, tiny_model
+from .helpers import ROOT, assert_equal_up_to_rounding, tiny_model
 
 
 MODES = [("identity", 1), ("refine", 2), ("refine", 4), ("split", 2), ("split", 4)]
@@ -261,6 +261,29 @@ def test_noise_depends_on_the_seed_alone(sources, tmp_path):
 # ------------------------------------------------------------------------------------------- training
 
 
+def test_shared_experts_without_width(tmp_path):
+    """A Qwen2-MoE that says 0: its gate has a tensor, and nothing to gate."""
+    fields = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}
+    config = Qwen2MoeConfig(
+        vocab_size=99, hidden_size=32, moe_intermediate_size=24, shared_expert_intermediate_size=0, **fields
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "chain")
+    assert report["exact"] and load(tmp_path / "chain").config.shared_expert_width == 0
+    assert not any("shared" in key for key in stored(tmp_path / "chain"))
+
+
+def test_a_chain_in_the_fused_layout_goes_back(chains, sources, tmp_path):
+    """As `save_original_format=False` writes it, scales under their name in memory."""
+    chain = load(chains("mixtral", Options(mode="refine", iterations=2)))
+    chain.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert any(key.endswith("iteration_scale.weight") for key in stored(tmp_path / "fused"))
+    assert convert(tmp_path / "fused", tmp_path / "back", Options(to="source"))["exact"]
+    inputs = batches()[0]["input_ids"]
+    with torch.no_grad():
+        assert_equal_up_to_rounding(load(tmp_path / "back")(inputs).logits, load(sources("mixtral"))(inputs).logits)
+
+
 @pytest.mark.parametrize("mode", ["refine", "split"])
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "olmoe", "mixtral"])
 def test_converted_model_trains(sources, chains, tmp_path, name, mode):
@@ -273,13 +296,13 @@ def test_converted_model_trains(sources, chains, tmp_path, name, mode):
         loss.backward()
         if step == 0:
             for key, parameter in model.named_parameters():
-                if key.endswith("iteration_scale") or ".mlp.gate." in key:
+                if "iteration_scale" in key or ".mlp.gate." in key:
                     assert parameter.grad is not None and parameter.grad.any(), key
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.1
-    scales = [parameter for key, parameter in model.named_parameters() if key.endswith("iteration_scale")]
+    scales = [parameter for key, parameter in model.named_parameters() if key.endswith("iteration_scale.weight")]
     assert scales and all(scale.any() for scale in scales)
     with torch.no_grad():
         difference = model.eval()(inputs).logits - load(sources(name))(inputs).logits
