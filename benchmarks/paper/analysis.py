@@ -35,11 +35,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.paper.experiments import (
     BASELINES,
-    OFFICIAL,
+    REFERENCE,
     Arm,
     Contrast,
     Experiment,
-    moe,
     paper_loss,
     under_official_rule,
 )
@@ -50,7 +49,6 @@ from benchmarks.upcycling import interval
 MEASURES = ("steps", "FLOPs", "seconds")
 VERDICTS = HOLDS, DOES_NOT, CANNOT_TELL, MISSING = "holds", "does not", "cannot tell", "not run"
 SHARE_OF_EFFECT, TOLERANCE = 0.2, 0.015
-REFERENCE = moe(OFFICIAL)  # whose training step is the unit of time
 
 Curve = list[tuple[float, float]]
 
@@ -110,7 +108,7 @@ def flops_per_token(result: Mapping[str, Any]) -> float:
     """Forward floating-point operations (2 per multiply-add) that a token costs in products with weights: experts,
     attention, routers and output head. Attention's products of activations are left out."""
     settings = result["settings"]
-    width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "layers", "experts"))
+    width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "num_layers", "num_experts"))
     all_experts = num_layers * (num_experts + settings["shared_experts"]) * 3 * width * settings["expert_width"]
     others = result["non_embedding_parameters"] - all_experts
     if settings["shared_router"]:  # a parameter once, used in every iteration

@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import analysis, results
-from benchmarks.paper.analysis import MEASURES, REFERENCE, Comparison, Curve, Estimate, Evidence, standard_error
+from benchmarks.paper.analysis import MEASURES, Comparison, Curve, Estimate, Evidence, standard_error
 from benchmarks.paper.experiments import (
     BASELINES,
     OFFICIAL,
+    REFERENCE,
     Arm,
     Contrast,
     Experiment,
@@ -117,7 +118,7 @@ def setting(evidence: Evidence) -> list[str]:
     unigrams: dict[tuple[str, str], list[float]] = {}
     for result in trained:
         split = result["split"]
-        unigrams.setdefault((result["settings"]["data"], split), []).append(result["unigram"][split])
+        unigrams.setdefault((result["settings"]["data_set"], split), []).append(result["unigram"][split])
     held_out = (
         f"{data}, split {split} (unigram loss {statistics.fmean(losses):.2f})"
         for (data, split), losses in unigrams.items()

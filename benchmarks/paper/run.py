@@ -158,8 +158,6 @@ class Processes:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.args.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
-            # A run that is computed again has the same bits.
-            "COE_CPU_KERNEL": os.environ.get("COE_CPU_KERNEL", "grouped_mm"),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": path,
         }
@@ -191,8 +189,8 @@ class Processes:
 
 def missing_data(run: Run, data_root: str) -> str | None:
     """A file of the run's data that is not there."""
-    options = run.scale.data[run.arm.data].options.values() if run.kind == "train" else ()
-    files = [value.format(root=data_root) for value in options if "{root}" in value]
+    options = run.scale.data[run.arm.data].options
+    files = [value for name, value in run.options(data_root).items() if "{root}" in str(options.get(name))]
     return next((file for file in files if not Path(file).exists()), None)
 
 
