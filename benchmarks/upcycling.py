@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy import stats
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -43,8 +44,6 @@ import modeling_coe  # noqa: F401  registers the Auto classes
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("identity", "split")
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,11 +123,10 @@ def curves(results: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def interval(differences: list[float]) -> float:
-    """Half the width of the 95 % confidence interval of a mean; infinite for a single value."""
+    """Half the width of the 95 % confidence interval of a mean, by Student's t; infinite for a single value."""
     if len(differences) < 2:
         return math.inf
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return STUDENT_T.get(len(differences) - 1, 1.96) * error
+    return float(stats.t.ppf(0.975, df=len(differences) - 1) * stats.sem(differences))
 
 
 def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:

@@ -468,6 +468,18 @@ class TestStatistics:
         assert analysis.estimate([1.0]).half == float("inf") and analysis.estimate([]) is None
         assert analysis.standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
 
+    # As tables of Student's t have it, by degrees of freedom.
+    @pytest.mark.parametrize(
+        "freedom, quantile",
+        [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (15, 2.131), (20, 2.086), (30, 2.042), (120, 1.980)],
+    )
+    def test_quantiles_of_students_t(self, freedom, quantile):
+        values = [float(index % 2) for index in range(freedom + 1)]
+        error = analysis.standard_error(values)
+        deviation = (sum((value - sum(values) / len(values)) ** 2 for value in values) / freedom) ** 0.5
+        assert error == pytest.approx(deviation / len(values) ** 0.5)
+        assert analysis.estimate(values).half == pytest.approx(quantile * error, abs=6e-4 * error)
+
     def test_interpolation(self):
         curve = [(0, 4.0), (10, 2.0), (20, 1.5)]
         assert [analysis.interpolate(curve, step) for step in (0, 5, 10, 18, 20)] == [4.0, 3.0, 2.0, 1.6, 1.5]

@@ -33,6 +33,8 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
+from scipy import stats
+
 from benchmarks.paper.experiments import (
     BASELINES,
     REFERENCE,
@@ -84,7 +86,7 @@ def paired_difference(pairs: list[tuple[float, float]]) -> Estimate | None:
 
 def standard_error(values: list[float]) -> float | None:
     """Of the mean; `None` for a single value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def interpolate(curve: Curve, step: float) -> float:
