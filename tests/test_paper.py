@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import fields, replace
+from itertools import combinations
 from math import comb
 from pathlib import Path
 
@@ -461,9 +462,9 @@ class TestVariants:
 
 class TestStatistics:
     def test_interval_by_hand(self):
-        # Standard deviation 1, t(2) = 4.303.
+        # Standard deviation 1, t(2) = 4.3027.
         found = analysis.estimate([1.0, 2.0, 3.0])
-        assert found == (2.0, pytest.approx(4.303 / 3**0.5), 3)
+        assert found == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4), 3)
         assert (found.low, found.high) == (pytest.approx(-0.4843, abs=1e-3), pytest.approx(4.4843, abs=1e-3))
         assert analysis.estimate([1.0]).half == float("inf") and analysis.estimate([]) is None
         assert analysis.standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
@@ -508,6 +509,36 @@ class TestStatistics:
     )
     def test_matches(self, mean, half, expected):
         assert analysis.verdict(Estimate(mean, half, 3), 1.0, matches=True, paper=None) == expected
+
+    @pytest.mark.parametrize("matches", [False, True])
+    @pytest.mark.parametrize("paper", [(0.9, 1.0), (1.1, 1.0), None], ids=str)
+    def test_the_words_of_a_rule_decide_as_it_does(self, tmp_path, matches, paper):
+        """A reader of the report who goes through its sentence from left to right."""
+        report.main([f"--results={tmp_path}", f"--output={tmp_path / 'RESULTS.md'}", "--curves=nowhere"])
+        claim = '- "A matches B":' if matches else '- "A is better than B":'
+        lines = (tmp_path / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+        (sentence,) = [line for line in lines if line.startswith(claim)]
+        cases = re.findall(r"\*\*([a-z ]+)\*\*(?: if the whole interval lies (below|above) ([^;]+))?[;.]", sentence)
+        assert [verdict for verdict, *_ in cases][-1] == CANNOT_TELL and len(cases) == 3
+        against, found = 2.0, set()
+
+        def bound(words: str) -> float:
+            share, of = re.fullmatch(r"zero|([\d.]+) % of (B's loss|the paper's difference)", words).groups()
+            if of == "the paper's difference":
+                return float(share) / 100 * against * (paper[0] / paper[1] - 1) if paper else 0.0
+            return float(share or 0) / 100 * against
+
+        def read(low: float, high: float) -> str:
+            for verdict, side, words in cases:
+                if not side or (high < bound(words) if side == "below" else low > bound(words)):
+                    return verdict
+
+        edges = [-0.3, -0.05, -0.03, -0.01, 0.0, 0.01, 0.025, 0.035, 0.05, 0.3]
+        for low, high in combinations(edges, 2):
+            difference = Estimate((low + high) / 2, (high - low) / 2, 3)
+            found.add(decided := analysis.verdict(difference, against, matches, paper))
+            assert decided == read(difference.low, difference.high)
+        assert found == {HOLDS, DOES_NOT, CANNOT_TELL}
 
     def test_equal_steps_flops_and_seconds(self):
         chain, single = coe(OFFICIAL, 2, 8), moe(OFFICIAL)

@@ -575,9 +575,9 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         "",
         *METHOD.splitlines(),
         "",
-        "The rule of the verdicts:",
+        "The rule of the verdicts; the first case that applies decides:",
         "",
-        *analysis.__doc__.partition("before the runs:\n\n")[2].splitlines(),
+        *(f"- {text}" for text in (analysis.PAIRED, analysis.BETTER, analysis.MATCHES, analysis.DIVERGED)),
         "",
     ]
     paper = read_paper_curves(curves)
