@@ -89,7 +89,8 @@ def pretrain(args: argparse.Namespace, folder: Path, *options: str | Path) -> di
     results = folder / "results.json"
     if not results.exists():
         shared = ("--eval-steps", args.eval_steps, "--save-steps", args.eval_steps, "--num-problems", 1)
-        run(ROOT / "examples" / "pretrain.py", "--output-dir", folder, "--resume", *args.data, *shared, *options)
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+        run(ROOT / "examples" / "pretrain.py", "--output-dir", folder, *resume, *args.data, *shared, *options)
     return json.loads(results.read_text())
 
 
