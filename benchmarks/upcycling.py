@@ -66,7 +66,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=["--hidden-size=128", "--num-layers=3", "--num-experts=32", "--expert-width=32", "--top-k=8"],
         help="options of examples/pretrain.py that give the mixture its shape",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("source_steps", "steps", "eval_steps", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    for folder in (args.work, args.output):
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"{folder} is a file; choose a folder")
+    return args
 
 
 def run(*command: str | Path) -> None:

@@ -52,6 +52,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
+from pyarrow import ArrowInvalid
 from run_folder import (
     InputError,
     OptionParser,
@@ -148,8 +149,12 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
         else:
             tasks |= manager.load(EXACT_MATCH)["tasks"]
             tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": args.max_new_tokens}, update=True)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise InputError(f"--data {args.data}: {one_line(error)} See --help for what it has to hold.") from error
+    except (DatasetsError, OSError, UnicodeDecodeError, ArrowInvalid) as error:
+        raise InputError(
+            f"--data {args.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in UTF-8."
+        ) from error
+    except ValueError as error:  # of `tasks/question_answer.py`
+        raise InputError(f"--data {args.data}: {one_line(error)}") from error
     if (args.num_fewshot or 0) >= len(answers):
         raise InputError(
             f"--num-fewshot is {args.num_fewshot}, but --data {args.data} has {len(answers)} rows; choose fewer."

@@ -1,10 +1,14 @@
 """What `coe-routing` and the examples say to input that does not work: one line that names it and what to do. Nothing
 is left behind, and nothing of the input is touched."""
 
+import errno
 import hashlib
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -12,15 +16,16 @@ import corpus
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .helpers import tiny_model
+from .helpers import ROOT, tiny_model
 
 
 # Commands that work, but for what a case adds or replaces. `@name` is an input of that name, `@out` is not there yet.
 ROWS = "--data @rows.jsonl --output-dir @out"
+SHORT = "--steps 1 --batch-size 1 --num-problems 1 --max-new-tokens 4"
 WORKING = {
-    "pretrain": f"{ROWS} --steps 1 --batch-size 1 --block-size 16 --eval-blocks 1",
-    "finetune_lora": f"--model @good {ROWS} --steps 1 --batch-size 1 --block-size 16 --eval-blocks 1",
-    "sft": f"--model @good {ROWS} --steps 1 --batch-size 1",
+    "pretrain": f"{ROWS} {SHORT} --block-size 16 --eval-blocks 1",
+    "finetune_lora": f"--model @good {ROWS} {SHORT} --block-size 16 --eval-blocks 1",
+    "sft": f"--model @good {ROWS} {SHORT}",
     "routing": f"--model @good {ROWS} --block-size 16 --eval-blocks 1",
     "evaluate": "--models @good --data @rows.jsonl --limit 1 --max-new-tokens 4 --device cpu",
     "coe-routing": "--out @out --device cpu",
@@ -175,9 +180,9 @@ CASES = {
         ("--device meta", "--device meta cannot be used", "cpu"),
         ("--data nowhere.jsonl", "--data nowhere.jsonl", "give an existing"),
         ("--data @empty.jsonl", "--data", "empty.jsonl is empty", "give a file with rows"),
-        ("--data @damaged.jsonl", "--data", "damaged.jsonl", "--help"),
-        ("--data @latin.jsonl", "--data", "latin.jsonl", "--help"),
-        ("--data @damaged.parquet", "--data", "damaged.parquet", "--help"),
+        ("--data @damaged.jsonl", "--data", "damaged.jsonl cannot be read", "Give a readable"),
+        ("--data @latin.jsonl", "--data", "latin.jsonl cannot be read", "Give a readable"),
+        ("--data @damaged.parquet", "--data", "damaged.parquet cannot be read", "Give a readable"),
         ("--data @blank.jsonl", "--data", "'question' in row 1", "''", "remove or fill"),
         ("--prompt-column body", "`prompt_column` is 'body'", "question, answer", "choose one of them"),
         ("--answer-column body", "`answer_column` is 'body'", "question, answer", "choose one of them"),
@@ -360,6 +365,17 @@ def command(script: str, wrong: str, inputs: Path, out: Path) -> list[str]:
     return [str(out if word == "@out" else inputs / word[1:]) if word.startswith("@") else word for word in words]
 
 
+@pytest.mark.parametrize("script", WORKING)
+def test_the_commands_work(inputs, tmp_path, script):
+    """What the cases are refused for is what is wrong with them."""
+    if script == "evaluate":
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    before = contents(inputs)
+    data = "@good @rows.jsonl" if script == "coe-routing" else ""
+    importlib.import_module(MODULES.get(script, script)).main(command(script, data, inputs, tmp_path / "out"))
+    assert contents(inputs) == before
+
+
 @pytest.mark.parametrize(
     ("script", "wrong", "words"),
     [(script, wrong, words) for script, cases in CASES.items() for wrong, *words in cases],
@@ -378,3 +394,94 @@ def test_one_line_that_names_it(inputs, tmp_path, capsys, monkeypatch, script, w
     assert [word for word in words if word not in message] == [], message
     assert "Traceback" not in capsys.readouterr().err
     assert contents(tmp_path) == {} and contents(inputs) == before
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "line"),
+    [
+        (
+            [str(ROOT / "examples" / "pretrain.py")],
+            "--output-dir out --data nowhere.jsonl",
+            "error: --data nowhere.jsonl does not exist. Give an existing file, or the name of a data set.",
+        ),
+        (
+            [str(ROOT / "examples" / "routing.py")],
+            "--output-dir out",
+            "error: the following arguments are required: --model. `--help` tells what every option takes.",
+        ),
+        (
+            ["-m", "modeling_coe.routing_cli"],
+            "model rows.jsonl --out out --tokens 0",
+            "error: --tokens is 0; it must be 1 or more.",
+        ),
+    ],
+    ids=["pretrain", "routing", "coe-routing"],
+)
+def test_from_another_folder(tmp_path, program, options, line):
+    process = subprocess.run(
+        [sys.executable, *program, *options.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", f"{line}\n")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["pretrain", "routing", "coe-routing"])
+def test_a_folder_that_cannot_be_written(inputs, tmp_path, monkeypatch, script):
+    """As it is told by the system: the rights of a folder do not bind every user."""
+    module = importlib.import_module(MODULES.get(script, script))
+    wrong = "@good @rows.jsonl" if script == "coe-routing" else ""
+    argv, before = command(script, wrong, inputs, tmp_path / "out"), contents(inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(SystemExit, match=f"error: --out.* cannot be written: {tmp_path} is read-only. Choose"):
+            module.main(argv)
+    mkdir = Path.mkdir
+
+    def fail(folder: Path, *args, **kwargs) -> None:
+        if folder == tmp_path / "out":
+            raise OSError(errno.ENOSPC, "No space left")
+        mkdir(folder, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", fail)
+        with pytest.raises(SystemExit, match=r"error: --out.* cannot be made: .*No space left\. Choose another"):
+            module.main(argv)
+    assert contents(tmp_path) == {} and contents(inputs) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "words"),
+    [
+        ("paper.run", "--scale nowhere", ("--scale", "'nowhere'", "choose from")),
+        ("paper.run", "--scale smoke --jobs 0", ("--jobs is 0", "1 or more")),
+        ("paper.run", "--scale smoke --threads 0", ("--threads is 0", "1 or more")),
+        ("paper.run", "--scale smoke --minutes nan", ("--minutes is nan", "0 or more")),
+        ("paper.run", "--scale smoke --seeds 1 -2", ("--seeds has -2", "0 or more")),
+        ("paper.run", "--scale smoke --only figure_99", ("--only", "'figure_99'", "choose from")),
+        ("paper.run", "--scale smoke --results @file", ("--results", "file is a file", "choose a folder")),
+        ("paper.report", "--results @missing", ("--results", "missing is no folder", "give the one")),
+        ("paper.report", "--results @nothing --output @missing/a.md", ("--output", "missing is no folder", "make it")),
+        ("paper.results", "@rows.jsonl", ("RUNS.jsonl", "required")),
+        ("paper.results", "@rows.jsonl @missing", ("missing does not exist", "give two files")),
+        ("upcycling", "--steps 0", ("--steps is 0", "1 or more")),
+        ("upcycling", "--work @file", ("file is a file", "choose a folder")),
+        ("train_step", "--pairs 0", ("--pairs is 0", "1 or more")),
+        ("train_step", "--output @file", ("--output", "file is a file", "choose a folder")),
+    ],
+)
+def test_commands_of_benchmarks(inputs, capsys, monkeypatch, module, wrong, words):
+    """In the words of `argparse`, after the usage."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    before = contents(inputs)
+    argv = [str(inputs / word[1:]) if word.startswith("@") else word for word in wrong.split()]
+    name = f"benchmarks.{module}" if module != "train_step" else module
+    with pytest.raises(SystemExit) as exit_info:
+        importlib.import_module(name).main(argv)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit_info.value.code == 2 and [word for word in words if word not in line] == [], line
+    assert contents(inputs) == before

@@ -604,6 +604,10 @@ def main(argv: list[str] | None = None) -> None:
     default = HERE.parents[2] / "shared" / "data" / "paper_curves"
     parser.add_argument("--curves", type=Path, default=default, help="folder of the paper's curves, if there is one")
     args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"--results {args.results} is no folder; give the one that `benchmarks.paper.run` wrote to")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output} cannot be written: {args.output.parent} is no folder; make it")
     write(args.output, args.results, args.curves)
     print(f"written to {args.output}")
 

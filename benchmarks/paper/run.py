@@ -60,7 +60,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no run that would not end within this time")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the JSON lines")
     parser.add_argument("--data-root", default=str(ROOT.parent / "shared" / "data"), help="folder of the data")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("jobs", 1), ("threads", 1), ("minutes", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name} is {value}; it must be {least} or more")
+    if wrong := [seed for seed in args.seeds or () if seed < 0]:
+        parser.error(f"--seeds has {wrong[0]}; they must be 0 or more")
+    if args.results.exists() and not args.results.is_dir():
+        parser.error(f"--results {args.results} is a file; choose a folder")
+    return args
 
 
 # ---- Time -----------------------------------------------------------------------------------------------------------
