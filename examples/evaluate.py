@@ -151,7 +151,8 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
             tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": args.max_new_tokens}, update=True)
     except (DatasetsError, OSError, UnicodeDecodeError, ArrowInvalid) as error:
         raise InputError(
-            f"--data {args.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in UTF-8."
+            f"--data {args.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in "
+            "UTF-8."
         ) from error
     except ValueError as error:  # of `tasks/question_answer.py`
         raise InputError(f"--data {args.data}: {one_line(error)}") from error
