@@ -75,12 +75,15 @@ def add_block_options(parser: argparse.ArgumentParser) -> None:
 
 def check_data_options(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
-    check_range(args, "eval_fraction", 0, 1, open=True)
+    check_range(args, "eval_fraction", 0, 1, exclusive=True)
+    is_other = args.eval_data is not None and not is_file(args.eval_data)  # which may have a configuration
     unused = {
         "the built-in problems: there is no --data": list(READING_OPTIONS) if args.data is None else [],
         f"--eval-data {args.eval_data}": ["eval_fraction"] if args.eval_data else [],
         "a part of --data: there is no --eval-data": ["eval_split"] if args.data and not args.eval_data else [],
-        f"--data {args.data}, a file": ["train_split", "data_config"] if is_file(args.data) else [],
+        f"--data {args.data}, a file": ["train_split", *([] if is_other else ["data_config"])]
+        if is_file(args.data)
+        else [],
         f"--eval-data {args.eval_data}, a file": ["eval_split"] if is_file(args.eval_data) else [],
     }
     for what, names in unused.items():

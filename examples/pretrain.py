@@ -145,7 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_not_negative(args, "shared_experts")
     check_range(args, "aux_loss", 0)
     if args.init_range is not None:
-        check_range(args, "init_range", 0, open=True)
+        check_range(args, "init_range", 0, exclusive=True)
     # The rotary part of a head is half as wide as the rest, and even.
     if args.hidden_size % (4 * args.num_heads):
         raise InputError(

@@ -106,12 +106,12 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def check_range(
-    args: argparse.Namespace, name: str, low: float, high: float = math.inf, *, open: bool = False
+    args: argparse.Namespace, name: str, low: float, high: float = math.inf, *, exclusive: bool = False
 ) -> None:
-    """Raises [`InputError`] where an option does not lie in [low, high), or, if `open`, in (low, high)."""
+    """Raises [`InputError`] where an option does not lie in [low, high), or, if `exclusive`, in (low, high)."""
     value = getattr(args, name)
-    if not low <= value < high or (open and value == low):
-        least = f"more than {low:g}" if open else f"{low:g} or more"
+    if not low <= value < high or (exclusive and value == low):
+        least = f"more than {low:g}" if exclusive else f"{low:g} or more"
         most = "a finite number" if high == math.inf else f"less than {high:g}"
         raise InputError(f"{option(name)} is {value}; it must be {least} and {most}.")
 

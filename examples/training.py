@@ -84,7 +84,7 @@ def check_options(args: argparse.Namespace) -> None:
     check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
     check_positive(args, "num_problems", "max_new_tokens")
     check_not_negative(args, "warmup_steps", "num_samples")
-    check_range(args, "lr", 0, open=True)
+    check_range(args, "lr", 0, exclusive=True)
     check_range(args, "weight_decay", 0)
     check_range(args, "beta2", 0, 1)
     # A checkpoint holds no part of an average, so a resumed run could not log the same one.

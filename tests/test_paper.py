@@ -114,6 +114,18 @@ def finished(losses: dict[Arm, list[float]], experiment=FIGURE_3A, rate: float =
     return {entry["id"]: entry for entry in lines}
 
 
+@pytest.fixture(scope="module")
+def few_texts():
+    """Makes tokenizers from few texts, on one thread."""
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COE_CPU_KERNEL", "auto")  # the worker sets it
+        patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
+        yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+
+
 class TestTable:
     @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
     def test_every_arm_builds_a_configuration(self, scale):
@@ -237,8 +249,14 @@ DECISIVE = {
     Run: {"scale": SMOKE, "arm": moe(OFFICIAL), "lr": 2e-3, "seed": 2, "kind": "timing"},
     Arm: {"residual": PRENORM, "iterations": 3, "top_k": 2, "experts": 31, "shared_experts": 2, "depth": 2}
     | {"shared_router": True, "variant": "held", "data": "second"},
-    Scale: {"shape": CPU.shape | {"steps": 501}, "layers": 5, "data": {"main": GSM8K}},
-    Data: {"name": "other", "data": "other.parquet", "eval_data": "other.parquet", "data_config": "other"}
+    Scale: {"shape": CPU.shape | {"steps": 501}, "layers": 5, "data": {"main": GSM8K}, "bf16": True},
+    Data: {
+        "name": "other",
+        "split": "templates",
+        "data": "other.parquet",
+        "eval_data": "other.parquet",
+        "data_config": "other",
+    }
     | {"train_split": "other", "eval_split": "other", "eval_fraction": 0.5, "prompt_column": "other"}
     | {"answer_column": "other", "tokenizer": "other"},
 }
@@ -248,7 +266,7 @@ INDIFFERENT = {
     Scale: {"name": "other", "about": "other", "learning_rates": (1.0,), "seeds": (9,), "tuning_seeds": (9,)}
     | {"own_tuning_seeds": (9,), "names": (), "on_second_data": (), "minutes": 9.0, "jobs": 9, "note": "other"}
     | {"timed_steps": 99},  # of timings, where it decides
-    Data: {"split": "other"},
+    Data: {},
 }
 
 
@@ -291,6 +309,12 @@ class TestIdentity:
         ids = [changed(name, value) for name, value in DECISIVE[kind].items()]
         assert len({self.MADE.id, *ids}) == 1 + len(ids)
         assert {changed(name, value) for name, value in INDIFFERENT[kind].items()} <= {self.MADE.id}
+
+    def test_precision_is_the_run_s(self, few_texts, tmp_path):
+        for bf16 in (False, True):
+            made = Run(replace(SMOKE, bf16=bf16), moe(OFFICIAL), 1e-3, 1)
+            inputs = worker.Inputs(made, str(tmp_path), "root")
+            assert inputs.trainer(inputs.model(made)).args.bf16 == bf16
 
     def test_every_part_of_the_shape(self):
         shapes = [CPU.shape | {name: value + 1} for name, value in CPU.shape.items()]
@@ -376,7 +400,8 @@ class TestIdentity:
         first = next(iter(results.load(results.path_of("cpu")).values()))
         assert first["former_id"] == "8eb7c6ade237"
         assert first["settings"] == options | {
-            **{"kind": "train", "variant": None, "data_set": "arithmetic", "cpu_kernel": "grouped_mm"},
+            **{"kind": "train", "variant": None, "bf16": False, "cpu_kernel": "grouped_mm"},
+            **{"data_set": "arithmetic", "split": "numbers"},
         }
 
 
@@ -688,18 +713,6 @@ class TestReport:
         text = "\n".join(report.arithmetic())
         assert "| -17.7% |" in text and "| -42.2% |" in text
         assert comb(64, 4) ** 2 / comb(64, 8) == pytest.approx(91.2, abs=0.05) and "| 91.2x |" in text
-
-
-@pytest.fixture(scope="module")
-def few_texts():
-    """Makes tokenizers from few texts, on one thread."""
-    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COE_CPU_KERNEL", "auto")  # the worker sets it
-        patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
-        yield
-    torch.set_num_threads(threads)
-    logging.set_verbosity(verbosity)
 
 
 class TestWorker:

@@ -198,8 +198,8 @@ class Processes:
 
 def missing_data(run: Run, data_root: str) -> str | None:
     """A file of the run's data that is not there."""
-    options = run.scale.data[run.arm.data].options
-    files = [value for name, value in run.options(data_root).items() if "{root}" in str(options.get(name))]
+    data = run.scale.data[run.arm.data]
+    files = [file.replace("{root}", data_root) for file in (data.data, data.eval_data) if file and "{root}" in file]
     return next((file for file in files if not Path(file).exists()), None)
 
 

@@ -41,7 +41,7 @@ COMMON_OPTIONS = {"schedule": "constant_with_warmup", "weight_decay": 0.01, "bet
 COMMON_OPTIONS |= {"model": None, "init_range": None}
 CPU_KERNEL = "grouped_mm"  # of the experts: a run that is computed again has the same bits
 # Settings that are no options of `examples/pretrain.py`.
-OWN_SETTINGS = ("kind", "variant", "cpu_kernel", "data_set", "timed_steps", "reference")
+OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference")
 Kind = Literal["train", "timing"]
 
 
@@ -97,6 +97,7 @@ class Scale:
         data (`dict[str, Data]`): Those of the arms' `data`.
         names (`tuple[str, ...]`): Of the experiments, all by default.
         on_second_data (`tuple[str, ...]`): Names of those that use the second data set instead of the main one.
+        bf16 (`bool`): Trains in mixed precision.
         minutes (`float`): Rough time of a run of MoE(8/64), to estimate with.
         jobs (`int`): Runs at a time.
         timed_steps (`int`): Pairs of steps in a timing run.
@@ -114,6 +115,7 @@ class Scale:
     own_tuning_seeds: tuple[int, ...] = (0,)
     names: tuple[str, ...] = tuple(EXPERIMENTS)
     on_second_data: tuple[str, ...] = ()
+    bf16: bool = False
     minutes: float = 1.0
     jobs: int = 1
     timed_steps: int = 15
@@ -202,6 +204,7 @@ SCALES = {
             learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
             data={"main": ARITHMETIC, "second": GSM8K},
             names=HEADLINE,
+            bf16=True,
             minutes=1.5,
         ),
         Scale(
@@ -211,6 +214,7 @@ SCALES = {
             layers=4,
             learning_rates=(1.5e-4, 3e-4, 6e-4),
             data={"main": META_MATH, "second": GSM8K},
+            bf16=True,
             minutes=17.0,
         ),
     )
@@ -238,8 +242,10 @@ class Run:
         settings = {
             "kind": self.kind,
             "variant": arm.variant,
+            "bf16": self.scale.bf16,
             "cpu_kernel": CPU_KERNEL,
             "data_set": data.name,
+            "split": data.split,
             **data.options,
             **COMMON_OPTIONS,
             **shape,

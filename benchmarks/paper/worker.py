@@ -86,6 +86,7 @@ class Inputs:
 
     def __init__(self, run: Run, output_dir: str, data_root: str):
         self.args, self.data_root = options_of(run, output_dir, data_root), data_root
+        self.bf16 = run.settings["bf16"]  # not what the machine can do
         texts = corpus.load_corpus(self.args)
         self.tokenizer = corpus.choose_tokenizer(self.args, texts)
         self.train, self.held_out = corpus.pack_corpus(self.args, texts, self.tokenizer)
@@ -100,7 +101,7 @@ class Inputs:
         """A trainer that writes nothing: a run that is killed is short enough to be made again."""
         evaluates = "eval_dataset" in parts
         arguments = training.training_arguments(self.args, evaluate_first=evaluates)
-        arguments |= {"save_strategy": "no", "disable_tqdm": True}
+        arguments |= {"save_strategy": "no", "disable_tqdm": True, "bf16": self.bf16}
         if not evaluates:
             arguments["eval_strategy"] = "no"
         return Trainer(
