@@ -76,19 +76,18 @@ def add_block_options(parser: argparse.ArgumentParser) -> None:
 def check_data_options(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
     check_range(args, "eval_fraction", 0, 1, exclusive=True)
-    is_other = args.eval_data is not None and not is_file(args.eval_data)  # which may have a configuration
-    unused = {
-        "the built-in problems: there is no --data": list(READING_OPTIONS) if args.data is None else [],
-        f"--eval-data {args.eval_data}": ["eval_fraction"] if args.eval_data else [],
-        "a part of --data: there is no --eval-data": ["eval_split"] if args.data and not args.eval_data else [],
-        f"--data {args.data}, a file": ["train_split", *([] if is_other else ["data_config"])]
-        if is_file(args.data)
-        else [],
-        f"--eval-data {args.eval_data}, a file": ["eval_split"] if is_file(args.eval_data) else [],
-    }
-    for what, names in unused.items():
+    are_files = is_file(args.data) and (args.eval_data is None or is_file(args.eval_data))
+    unused = (  # where, which options say nothing, and of what
+        (args.data is None, READING_OPTIONS, "the built-in problems: there is no --data"),
+        (args.eval_data is not None, ["eval_fraction"], f"--eval-data {args.eval_data}"),
+        (args.eval_data is None, ["eval_split"], "a part of --data: there is no --eval-data"),
+        (is_file(args.data), ["train_split"], f"--data {args.data}, a file"),
+        (is_file(args.eval_data), ["eval_split"], f"--eval-data {args.eval_data}, a file"),
+        (are_files, ["data_config"], f"--data {args.data}, a file"),
+    )
+    for applies, names, what in unused:
         for name in names:
-            if getattr(args, name) != READING_OPTIONS[name]:
+            if applies and getattr(args, name) != READING_OPTIONS[name]:
                 raise InputError(
                     f"{option(name)} is {getattr(args, name)}, which says nothing of {what}. Leave it out."
                 )

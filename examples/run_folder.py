@@ -82,6 +82,8 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         message = one_line(error)
         if isinstance(error, KeyError | TypeError | AttributeError):  # which say little without their class
             message = f"{type(error).__name__}: {message}"
+        elif "ignore_mismatched_sizes" in message:  # a report above that nobody has asked for
+            message = "its weights have other shapes than its config.json says."
         raise InputError(f"{what} cannot be loaded: {message} {remedy}") from error
 
 

@@ -99,6 +99,8 @@ def check_out(folder: Path) -> None:
 
 def one_line(error: Exception) -> str:
     """The class and the message of a library's error."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
