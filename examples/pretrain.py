@@ -52,6 +52,7 @@ from corpus import (
     load_corpus,
     pack_corpus,
 )
+from huggingface_hub.errors import StrictDataclassError
 from report import held_out_table, report, unigram_loss
 from run_folder import (
     InputError,
@@ -61,6 +62,7 @@ from run_folder import (
     check_positive,
     check_range,
     checkpoint_step,
+    one_line,
     open_run,
     option,
 )
@@ -188,8 +190,8 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     }
     try:
         return CoeConfig(**fields, **RESIDUAL_FLAGS[args.residual])
-    except ValueError as error:
-        raise InputError(f"{error} (--help tells which option sets which field.)") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"{one_line(error)} (--help tells which option sets which field.)") from error
 
 
 def build_model(args: argparse.Namespace, config: CoeConfig) -> CoeForCausalLM:

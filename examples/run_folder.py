@@ -65,8 +65,10 @@ class OptionParser(argparse.ArgumentParser):
         raise InputError(f"{message}. `--help` tells what every option takes.")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of a library's error, ended as a sentence is."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
+        error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
 

@@ -108,12 +108,6 @@ def given_config(source: str) -> CoeConfig:
             f"--model {source} is a {config.model_type!r} model, not a chain of experts. Convert it with "
             "`coe-convert`."
         )
-    padding, size = config.pad_token_id, config.vocab_size
-    if padding is not None and not -size <= padding < size:
-        raise InputError(
-            f"--model {source}: `pad_token_id` is {padding}, but `vocab_size` is {size}. Set it in its config.json to "
-            "a token of the vocabulary, or to null."
-        )
     return config
 
 

@@ -97,11 +97,13 @@ def check_out(folder: Path) -> None:
         raise InputError(f"--out {folder} cannot be written: {nearest} is read-only. Choose another folder.")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The class and the message of a library's error."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
+        error = error.__cause__
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def load_model(source: str) -> tuple[PreTrainedModel, Any]:
@@ -117,7 +119,11 @@ def load_model(source: str) -> tuple[PreTrainedModel, Any]:
                 f"MODEL {source} is a {config.model_type!r} model without chained experts. Give a CoE model."
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        check_vocabulary(source, config, tokenizer)
+        if len(tokenizer) > config.vocab_size:
+            raise InputError(
+                f"The tokenizer of MODEL {source} has {len(tokenizer)} tokens, its model {config.vocab_size}. "
+                "Save the tokenizer it was trained with in its folder."
+            )
         return AutoModelForCausalLM.from_pretrained(source), tokenizer
     except InputError:
         raise
@@ -126,21 +132,6 @@ def load_model(source: str) -> tuple[PreTrainedModel, Any]:
             f"MODEL {source} cannot be loaded with its tokenizer: {one_line(error)}. Give a folder with the "
             "config.json, the weights and the tokenizer of one model."
         ) from error
-
-
-def check_vocabulary(source: str, config: CoeConfig, tokenizer: Any) -> None:
-    """Raises [`InputError`] where there are tokens that the model has no embedding of."""
-    padding, size = config.pad_token_id, config.vocab_size
-    if padding is not None and not -size <= padding < size:
-        raise InputError(
-            f"MODEL {source}: `pad_token_id` is {padding}, but `vocab_size` is {size}. Set it in its config.json to a "
-            "token of the vocabulary, or to null."
-        )
-    if len(tokenizer) > size:
-        raise InputError(
-            f"The tokenizer of MODEL {source} has {len(tokenizer)} tokens, its model {size}. "
-            "Save the tokenizer it was trained with in its folder."
-        )
 
 
 def read_texts(source: str, columns: list[str], split: str, config: str | None) -> Iterator[str]:

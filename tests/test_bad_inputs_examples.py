@@ -233,7 +233,7 @@ CASES = {
         ("@list_config @rows.jsonl", "list_config cannot be loaded", "Give a folder"),
         ("@text_for_a_number @rows.jsonl", "'inner_iter'", "'two'", "Give a folder"),
         ("@too_many_chosen @rows.jsonl", "`num_experts_per_tok` is 99", "8 or less"),
-        ("@padding_beyond @rows.jsonl", "`pad_token_id` is 9999", "`vocab_size` is 300", "Set it"),
+        ("@padding_beyond @rows.jsonl", "padding_beyond", "`pad_token_id` is 9999", "Set it"),
         ("@long_tokenizer @rows.jsonl", "long_tokenizer has 300 tokens, its model 200", "Save the tokenizer"),
         ("@no_tokenizer @rows.jsonl", "no_tokenizer cannot be loaded", "Give a folder"),
         ("@damaged_tokenizer @rows.jsonl", "damaged_tokenizer cannot be loaded", "Give a folder"),
