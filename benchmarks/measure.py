@@ -589,7 +589,9 @@ def parse_arguments(description: str, argv: list[str] | None, **extra: dict[str,
     if args.quick:
         args.pairs = 2
     if args.pairs < 1 or args.threads < 1:
-        parser.error("--pairs and --threads must be 1 or more")
+        parser.error(f"--pairs is {args.pairs} and --threads {args.threads}; they must be 1 or more")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file; choose a folder")
     return args
 
 

@@ -20,10 +20,12 @@ slowly. It is then converted twice, with `identity` (the mixture as it was) and 
 same FLOPs as a chain of two iterations), and both go on with the same new data in the same order, the same optimizer,
 and learning rates that were not tuned for either. Every seed gives one pair.
 
-Runs are those of `examples/pretrain.py`. What is finished is not run again, what was interrupted goes on.
+Runs are those of `examples/pretrain.py`, each in a folder named by a hash of its options and of the folder of the
+model that it goes on with. What is finished is not run again, what was interrupted goes on.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy import stats
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -43,8 +46,6 @@ import modeling_coe  # noqa: F401  registers the Auto classes
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("identity", "split")
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=["--hidden-size=128", "--num-layers=3", "--num-experts=32", "--expert-width=32", "--top-k=8"],
         help="options of examples/pretrain.py that give the mixture its shape",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("source_steps", "steps", "eval_steps", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    for folder in (args.work, args.output):
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"{folder} is a file; choose a folder")
+    return args
 
 
 def run(*command: str | Path) -> None:
@@ -85,13 +93,16 @@ def run(*command: str | Path) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))} failed with status {process.returncode}:\n{output}")
 
 
-def pretrain(args: argparse.Namespace, folder: Path, *options: str | Path) -> dict[str, Any]:
-    """Results of a run of `examples/pretrain.py`, made now if they are not there."""
+def pretrain(args: argparse.Namespace, name: str, *options: str | Path) -> tuple[dict[str, Any], Path]:
+    """Results of a run of `examples/pretrain.py`, made now if they are not there, and its folder."""
+    shared = ("--eval-steps", args.eval_steps, "--save-steps", args.eval_steps, "--num-problems", 1)
+    command = [*map(str, (*args.data, *shared, *options))]
+    folder = args.work / f"{name}-{hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]}"
     results = folder / "results.json"
     if not results.exists():
-        shared = ("--eval-steps", args.eval_steps, "--save-steps", args.eval_steps, "--num-problems", 1)
-        run(ROOT / "examples" / "pretrain.py", "--output-dir", folder, "--resume", *args.data, *shared, *options)
-    return json.loads(results.read_text())
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+        run(ROOT / "examples" / "pretrain.py", "--output-dir", folder, *resume, *command)
+    return json.loads(results.read_text()), folder
 
 
 def convert(source: Path, target: Path, *options: str | Path) -> Path:
@@ -104,10 +115,9 @@ def train_and_convert(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
     """Trains the mixture and converts it in every mode. It is trained as a chain of one iteration, which is the same
     model, and taken back to DeepSeek-V2 before."""
     options = ("--residual=prenorm", "--iterations=1", "--schedule=constant_with_warmup", *args.shape)
-    folder = args.work / "source"
-    source = pretrain(args, folder, "--steps", args.source_steps, "--lr", args.source_lr, *options)
-    mixture = convert(folder / "model", args.work / "deepseek_v2", "--to", "source")
-    converted = {mode: convert(mixture, args.work / mode, "--mode", mode) for mode in MODES}
+    source, folder = pretrain(args, "source", "--steps", args.source_steps, "--lr", args.source_lr, *options)
+    mixture = convert(folder / "model", folder / "deepseek_v2", "--to", "source")
+    converted = {mode: convert(mixture, folder / mode, "--mode", mode) for mode in MODES}
     flops = {mode: AutoConfig.from_pretrained(folder).expert_flops_per_token for mode, folder in converted.items()}
     if len(set(flops.values())) != 1:
         raise ValueError(f"The modes differ in expert FLOPs per token, {flops}. Choose a top-k that two divides.")
@@ -124,11 +134,10 @@ def curves(results: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def interval(differences: list[float]) -> float:
-    """Half the width of the 95 % confidence interval of a mean; infinite for a single value."""
+    """Half the width of the 95 % confidence interval of a mean, by Student's t; infinite for a single value."""
     if len(differences) < 2:
         return math.inf
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return STUDENT_T.get(len(differences) - 1, 1.96) * error
+    return float(stats.t.ppf(0.975, df=len(differences) - 1) * stats.sem(differences))
 
 
 def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -213,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def continued(mode: str, seed: int) -> dict[str, Any]:
         options = ("--model", converted[mode], "--seed", seed, "--steps", args.steps, "--lr", args.lr)
-        return pretrain(args, args.work / f"{mode}-{seed}", *options)
+        return pretrain(args, f"{mode}-{seed}", *options)[0]
 
     pairs = [(mode, seed) for seed in args.seeds for mode in MODES]
     with ThreadPoolExecutor(args.jobs) as pool:

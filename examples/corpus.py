@@ -14,6 +14,7 @@
 """Pairs of a prompt and an answer: where they come from, their tokenizer, and blocks of their tokens."""
 
 import argparse
+import reprlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,19 @@ import torch
 from arithmetic import Problems
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from run_folder import InputError, is_resumable, option, short_hash
+from run_folder import InputError, check_range, is_resumable, loading, one_line, option, short_hash
 from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 TOKENIZER_EXAMPLES = 10_000  # more text does not change a small vocabulary
+# Options that say what is read of the data, and their defaults.
+READING_OPTIONS = {
+    **{"data_config": None, "train_split": "train", "eval_data": None, "eval_split": "test", "eval_fraction": 0.05},
+    **{"prompt_column": "question", "answer_column": "answer"},
+}
 
 
 class Example(NamedTuple):
@@ -52,12 +58,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="parquet or JSON-lines file, folder or Hub name; built-in problems if not given")
     data.add_argument("--data-config", help="configuration of a Hub data set")
-    data.add_argument("--train-split", default="train", help="split of a folder or Hub data set to train on")
+    data.add_argument("--train-split", help="split of a folder or Hub data set to train on")
     data.add_argument("--eval-data", help="held-out file, folder or Hub name; a part of the data if not given")
-    data.add_argument("--eval-split", default="test", help="split of a held-out folder or Hub data set")
-    data.add_argument("--eval-fraction", type=float, default=0.05, help="part held out if no --eval-data is given")
-    data.add_argument("--prompt-column", default="question")
-    data.add_argument("--answer-column", default="answer")
+    data.add_argument("--eval-split", help="split of a held-out folder or Hub data set")
+    data.add_argument("--eval-fraction", type=float, help="part held out if no --eval-data is given")
+    data.add_argument("--prompt-column", help="column with the prompts")
+    data.add_argument("--answer-column", help="column with the answers")
+    parser.set_defaults(**READING_OPTIONS)
 
 
 def add_block_options(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +74,27 @@ def add_block_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data_options(args: argparse.Namespace) -> None:
-    """Raises [`InputError`] where they have no meaning."""
-    if not 0 < args.eval_fraction < 1:
-        raise InputError(f"--eval-fraction is {args.eval_fraction}; it must lie between 0 and 1.")
+    """Raises [`InputError`] where they have no meaning, alone or together."""
+    check_range(args, "eval_fraction", 0, 1, exclusive=True)
+    are_files = is_file(args.data) and (args.eval_data is None or is_file(args.eval_data))
+    unused = (  # where, which options say nothing, and of what
+        (args.data is None, READING_OPTIONS, "the built-in problems: there is no --data"),
+        (args.eval_data is not None, ["eval_fraction"], f"--eval-data {args.eval_data}"),
+        (args.eval_data is None, ["eval_split"], "a part of --data: there is no --eval-data"),
+        (is_file(args.data), ["train_split"], f"--data {args.data}, a file"),
+        (is_file(args.eval_data), ["eval_split"], f"--eval-data {args.eval_data}, a file"),
+        (are_files, ["data_config"], f"--data {args.data}, a file"),
+    )
+    for applies, names, what in unused:
+        for name in names:
+            if applies and getattr(args, name) != READING_OPTIONS[name]:
+                raise InputError(
+                    f"{option(name)} is {getattr(args, name)}, which says nothing of {what}. Leave it out."
+                )
+
+
+def is_file(source: str | None) -> bool:
+    return source is not None and Path(source).is_file()
 
 
 class ArithmeticExamples:
@@ -115,8 +140,8 @@ def open_dataset(name: str, source: str, config: str | None, split: str) -> data
             dataset = load_dataset(source, config, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"{option(name)} {source} (split {split!r}, configuration {config!r}) cannot be read: {error}. Give a "
-            f"readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
+            f"{option(name)} {source} (split {split!r}, configuration {config!r}) cannot be read: {one_line(error)} "
+            f"Give a readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
         ) from error
     if len(dataset) == 0:
         raise InputError(f"{option(name)} {source} has no rows. Give data with rows.")
@@ -125,18 +150,28 @@ def open_dataset(name: str, source: str, config: str | None, split: str) -> data
 
 def read_examples(name: str, dataset: datasets.Dataset, args: argparse.Namespace) -> list[Example]:
     """The prompts and answers of a data set."""
+    source = f"{option(name)} {getattr(args, name)}"
     for column_option in ("prompt_column", "answer_column"):
         column = getattr(args, column_option)
         if column not in dataset.column_names:
             raise InputError(
-                f"{option(column_option)} is {column!r}, but {option(name)} has the columns "
+                f"{option(column_option)} is {column!r}, but {source} has the columns "
                 f"{', '.join(dataset.column_names)}. Choose one of them."
             )
+    try:
+        columns = [list(dataset[column]) for column in (args.prompt_column, args.answer_column)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} cannot be read: {one_line(error)} Give a file in UTF-8.") from error
     examples = []
-    for row, (prompt, answer) in enumerate(zip(dataset[args.prompt_column], dataset[args.answer_column], strict=True)):
+    for row, (prompt, answer) in enumerate(zip(*columns, strict=True)):
         for column, value in ((args.prompt_column, prompt), (args.answer_column, answer)):
             if value is None or value == "":
-                raise InputError(f"{option(name)} has no {column!r} in row {row}: {value!r}. Remove or fill this row.")
+                raise InputError(f"{source} has no {column!r} in row {row}: {value!r}. Remove or fill this row.")
+            if not isinstance(value, str | int | float):
+                raise InputError(
+                    f"{source} has a {type(value).__name__} as {column!r} in row {row}: {reprlib.repr(value)}. "
+                    "Choose a column of texts, or join its parts."
+                )
         examples.append(Example(str(prompt), str(answer)))
     return examples
 
@@ -176,10 +211,16 @@ def train_tokenizer(examples: Iterable[Example], vocab_size: int) -> PreTrainedT
 
 def load_tokenizer(source: str | Path, given_by: str = "--tokenizer") -> PreTrainedTokenizerBase:
     """Loads a tokenizer and makes sure that it can end texts and pad prompts."""
-    try:
+    remedy = "Give a folder that a tokenizer's `save_pretrained` wrote."
+    with loading(f"{given_by} {source}: the tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{given_by} {source}: the tokenizer cannot be loaded: {error}") from error
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False) if given_by == "--model" else None
+    size = getattr(config, "vocab_size", None)
+    if size is not None and len(tokenizer) > size:
+        raise InputError(
+            f"{given_by} {source}: the tokenizer has {len(tokenizer)} tokens, but `vocab_size` is {size}. Save the "
+            "tokenizer that the model was trained with in its folder."
+        )
     if tokenizer.eos_token is None:
         raise InputError(
             f"{given_by} {source}: the tokenizer has no `eos_token`, which ends every text. Set it in its "
@@ -196,7 +237,7 @@ def load_tokenizer(source: str | Path, given_by: str = "--tokenizer") -> PreTrai
 def choose_tokenizer(args: argparse.Namespace, corpus: Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer of the run: its own if it is resumed, else the one asked for, else one trained on the data."""
     if is_resumable(args):
-        return load_tokenizer(args.output_dir / "tokenizer")
+        return load_tokenizer(args.output_dir / "tokenizer", "--output-dir")
     if args.model is not None:
         return load_tokenizer(args.model, "--model")
     if args.tokenizer is not None:
@@ -252,6 +293,8 @@ def pack_corpus(
     args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Packs as many training texts as the run reads, or all that fill batches, and `eval_blocks` of each split."""
+    if args.block_size < 2:
+        raise InputError(f"--block-size is {args.block_size}; it must be 2 or more: the first token is not predicted.")
     train = pack(corpus.train, tokenizer, args.block_size, args.steps * args.batch_size)
     train_batches = len(train) // args.batch_size
     if train_batches == 0:

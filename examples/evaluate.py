@@ -52,7 +52,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
-from run_folder import InputError, check_positive, write_json
+from pyarrow import ArrowInvalid
+from run_folder import (
+    InputError,
+    OptionParser,
+    check_folder,
+    check_not_negative,
+    check_positive,
+    loading,
+    make_folder,
+    one_line,
+    write_json,
+)
 from tasks.question_answer import final_answer
 
 import modeling_coe  # noqa: F401  registers the Auto classes
@@ -72,9 +83,7 @@ class Measure(NamedTuple):
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked without data and models."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OptionParser(__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", required=True, help="folders or Hub names")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that a model carries")
     parser.add_argument("--model-args", default="", help="more of lm-eval's `hf` model: dtype=bfloat16,peft=FOLDER")
@@ -94,9 +103,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     check_positive(args, "batch_size", "max_new_tokens")
     if args.limit is not None:
         check_positive(args, "limit")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise InputError(f"--num-fewshot is {args.num_fewshot}; it must be 0 or more.")
+    if args.num_fewshot is not None:
+        check_not_negative(args, "num_fewshot")
+    check_device(args.device)
+    if args.out is not None:
+        check_folder("out", args.out.parent)
+        if args.out.is_dir():
+            raise InputError(
+                f"--out {args.out} is a folder. Give the name of a file, such as {args.out}/results.json."
+            )
     return args
+
+
+def check_device(device: str) -> None:
+    """Raises [`InputError`] where torch has no such device; lm-eval would take another one."""
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first where torch was built without it
+        raise InputError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}. Choose one that torch has, such as cpu."
+        ) from error
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
@@ -123,8 +149,13 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
         else:
             tasks |= manager.load(EXACT_MATCH)["tasks"]
             tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": args.max_new_tokens}, update=True)
-    except (DatasetsError, ValueError) as error:
-        raise InputError(f"--data {args.data}: {error}") from error
+    except (DatasetsError, OSError, UnicodeDecodeError, ArrowInvalid) as error:
+        raise InputError(
+            f"--data {args.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in "
+            "UTF-8."
+        ) from error
+    except ValueError as error:  # of `tasks/question_answer.py`
+        raise InputError(f"--data {args.data}: {one_line(error)}") from error
     if (args.num_fewshot or 0) >= len(answers):
         raise InputError(
             f"--num-fewshot is {args.num_fewshot}, but --data {args.data} has {len(answers)} rows; choose fewer."
@@ -141,10 +172,9 @@ def load_model(name: str, args: argparse.Namespace) -> HFLM:
     options = simple_parse_args_string(args.model_args)
     options |= {"pretrained": name, "trust_remote_code": args.trust_remote_code, "backend": "causal"}
     options |= {"device": args.device, "batch_size": args.batch_size}
-    try:
+    given = f"--models {name}" + (f" with --model-args {args.model_args}" if args.model_args else "")
+    with loading(given, "Give folders or Hub names of causal language models with their tokenizers."):
         model = HFLM(**options)
-    except (AttributeError, OSError, TypeError, ValueError) as error:  # of --model-args too
-        raise InputError(f"--models {name} cannot be loaded: {error}") from error
     if model.eot_token_id is None:
         raise InputError(f"--models {name}: the tokenizer has no `eos_token`. Set it in its tokenizer_config.json.")
     if args.data is not None and args.max_new_tokens >= model.max_length:
@@ -272,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in args.models:
                 records.append(evaluate(name, args, manager, tasks))
                 if args.out is not None:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder("out", args.out.parent)
                     settings = vars(args) | {"out": str(args.out)}
                     write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
         finally:  # a model that fails takes no other with it

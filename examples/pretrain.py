@@ -52,12 +52,17 @@ from corpus import (
     load_corpus,
     pack_corpus,
 )
+from huggingface_hub.errors import StrictDataclassError
 from report import held_out_table, report, unigram_loss
 from run_folder import (
     InputError,
+    OptionParser,
+    check_not_negative,
     check_output_dir,
     check_positive,
+    check_range,
     checkpoint_step,
+    one_line,
     open_run,
     option,
 )
@@ -99,9 +104,7 @@ SHAPE_OPTIONS = (
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked without data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OptionParser(__doc__.splitlines()[0])
     add_block_options(parser)
     tokens = parser.add_argument_group("tokenizer")
     tokens.add_argument("--tokenizer", help="folder or Hub name; a byte-level BPE is trained if not given")
@@ -140,6 +143,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where options have no meaning, alone or together."""
     check_options(args)
     check_positive(args, "block_size", "eval_blocks", "hidden_size", "num_layers", "num_heads")
+    check_positive(args, "num_experts", "expert_width", "top_k", "iterations")
+    check_not_negative(args, "shared_experts")
+    check_range(args, "aux_loss", 0)
+    if args.init_range is not None:
+        check_range(args, "init_range", 0, exclusive=True)
     # The rotary part of a head is half as wide as the rest, and even.
     if args.hidden_size % (4 * args.num_heads):
         raise InputError(
@@ -182,23 +190,28 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     }
     try:
         return CoeConfig(**fields, **RESIDUAL_FLAGS[args.residual])
-    except ValueError as error:
-        raise InputError(f"{error} (--help tells which option sets which field.)") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"{one_line(error)} (--help tells which option sets which field.)") from error
+
+
+def build_model(args: argparse.Namespace, config: CoeConfig) -> CoeForCausalLM:
+    """The given model, or a new one."""
+    set_seed(args.seed)
+    return CoeForCausalLM(config) if args.model is None else given_model(args.model, config)
 
 
 def train(
     args: argparse.Namespace,
-    config: CoeConfig,
+    model: CoeForCausalLM,
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
 ) -> Run:
     """Trains from the start, or from a checkpoint, to the last step."""
+    config = model.config
     print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
     if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
-    set_seed(args.seed)
-    model = CoeForCausalLM(config) if args.model is None else given_model(args.model, config)
     return train_on_blocks(args, model, train_blocks, held_out_blocks, checkpoint)
 
 
@@ -232,8 +245,9 @@ def pretrain(args: argparse.Namespace) -> None:
     tokenizer = choose_tokenizer(args, corpus)
     config = build_config(args, tokenizer)
     train_blocks, held_out_blocks = pack_corpus(args, corpus, tokenizer)
+    model = build_model(args, config)
     checkpoint = open_run(args, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
-    run = train(args, config, train_blocks, held_out_blocks, checkpoint)
+    run = train(args, model, train_blocks, held_out_blocks, checkpoint)
     report_run(args, run, corpus, tokenizer, train_blocks, held_out_blocks)
 
 

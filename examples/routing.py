@@ -30,7 +30,7 @@ import openmp  # noqa: F401  before torch
 
 # isort: split
 from corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
-from run_folder import InputError, check_positive
+from run_folder import InputError, OptionParser, check_folder, check_positive, check_range, make_folder
 from tqdm import tqdm
 from training import given_config, given_model
 from transformers import set_seed
@@ -42,9 +42,7 @@ from modeling_coe.plots import plot_load, plot_transitions
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked without data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OptionParser(__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the untrained weights")
@@ -53,6 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_data_options(args)
     check_positive(args, "block_size", "eval_blocks")
+    check_range(args, "seed", 0, 2**32)
+    check_folder("output_dir", args.output_dir)
     return args
 
 
@@ -60,14 +60,20 @@ def draw(args: argparse.Namespace) -> None:
     """Measures both models, prints the statistics and draws them."""
     config, tokenizer = given_config(args.model), load_tokenizer(args.model, "--model")
     if config.inner_iter < 2:
-        raise InputError(f"--model {args.model} has one iteration (inner_iter): no expert follows on another.")
+        raise InputError(
+            f"--model {args.model} has one iteration (`inner_iter` is {config.inner_iter}): no expert follows on "
+            "another. Give a chain."
+        )
     split, examples = next(iter(load_corpus(args).held_out.items()))
     blocks = pack(examples, tokenizer, args.block_size, args.eval_blocks)
     if len(blocks) == 0:
-        raise InputError(f"The split {split!r} does not fill one block of --block-size {args.block_size} tokens.")
+        raise InputError(
+            f"The split {split!r} does not fill one block of --block-size {args.block_size} tokens. Choose smaller "
+            "blocks, or give more data."
+        )
     set_seed(args.seed)
     models = {"untrained": CoeForCausalLM(config), "trained": given_model(args.model, config)}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", args.output_dir)
     for name, model in models.items():
         routing = measure_routing(model, ({"input_ids": batch} for batch in tqdm(blocks.split(8), desc=name)))
         print(f"\n{name}: {routing}")

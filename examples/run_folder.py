@@ -16,13 +16,16 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import (
@@ -39,11 +42,51 @@ START_OPTIONS = {"output_dir", "resume", "overwrite"}
 # Options of what is reported at the end, which a resumed run may change.
 REPORT_OPTIONS = {"num_problems", "num_samples", "max_new_tokens"}
 # What runs write beside checkpoints and `run.json`.
-OUTPUTS = ("tokenizer", "model", "adapter", "results.json", "loss_curve.png")
+RESULTS = ("model", "adapter", "results.json", "loss_curve.png")
+OUTPUTS = ("tokenizer", *RESULTS)
+# What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
+    StrictDataclassError,
+)
 
 
 class InputError(ValueError):
     """What the user gave does not work; the message names the option, its value and the remedy."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that shows defaults, and raises [`InputError`] where it cannot read the command line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. `--help` tells what every option takes.")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's error, ended as a sentence is."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Raises [`InputError`] in place of a library's error while `what` the user gave is loaded."""
+    try:
+        yield
+    except InputError:
+        raise
+    except LOADING_ERRORS as error:
+        message = one_line(error)
+        if isinstance(error, KeyError | TypeError | AttributeError):  # which say little without their class
+            message = f"{type(error).__name__}: {message}"
+        elif "ignore_mismatched_sizes" in message:  # a report above that nobody has asked for
+            message = "its weights have other shapes than its config.json says."
+        raise InputError(f"{what} cannot be loaded: {message} {remedy}") from error
 
 
 def short_hash(parts: Iterable[Any]) -> str:
@@ -66,6 +109,17 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 1 or more.")
 
 
+def check_range(
+    args: argparse.Namespace, name: str, low: float, high: float = math.inf, *, exclusive: bool = False
+) -> None:
+    """Raises [`InputError`] where an option does not lie in [low, high), or, if `exclusive`, in (low, high)."""
+    value = getattr(args, name)
+    if not low <= value < high or (exclusive and value == low):
+        least = f"more than {low:g}" if exclusive else f"{low:g} or more"
+        most = "a finite number" if high == math.inf else f"less than {high:g}"
+        raise InputError(f"{option(name)} is {value}; it must be {least} and {most}.")
+
+
 def check_not_negative(args: argparse.Namespace, *names: str) -> None:
     """Raises [`InputError`] where one of these options is less than 0."""
     for name in names:
@@ -83,9 +137,32 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def check_run_options(args: argparse.Namespace) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
-    check_not_negative(args, "seed")
+    check_range(args, "seed", 0, 2**32)  # as NumPy's generators want it
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises [`InputError`] where the folder that an option names cannot be made or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{option(name)} {folder} cannot be a folder: {nearest} is a file. Choose another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{option(name)} {folder} cannot be written: {nearest} is read-only. Choose another folder.")
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Makes the folder that an option names, and those above it.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{option(name)} {folder} cannot be made: {one_line(error)} Choose another folder."
+        ) from error
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +187,7 @@ def is_complete(checkpoint: Path) -> bool:
         if not all((checkpoint / name).is_file() for name in needed):
             return False
         return read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] == checkpoint_step(checkpoint)
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON than `Trainer` writes
         return False
 
 
@@ -138,8 +215,9 @@ def newest_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Raises [`InputError`] where the output folder holds another run, one that should not be lost, or what this run
-    is to read."""
+    """Raises [`InputError`] where the output folder cannot be written, holds another run, one that should not be lost,
+    none to go on with, or what this run is to read."""
+    check_folder("output_dir", args.output_dir)
     for name in ("model", "tokenizer"):
         source = getattr(args, name, None)
         if source is not None and args.output_dir.resolve() in Path(source).resolve().parents:
@@ -148,14 +226,20 @@ def check_output_dir(args: argparse.Namespace) -> None:
                 "Choose another output folder."
             )
     if not is_resumable(args):
-        if checkpoints_in(args.output_dir) and not args.overwrite:
+        results = [path for name in RESULTS if (path := args.output_dir / name).exists()]
+        if (held := [*checkpoints_in(args.output_dir), *results]) and not args.overwrite:
             raise InputError(
-                f"--output-dir {args.output_dir} already holds checkpoints of a run. Go on with it by --resume, which "
-                "needs its run.json, delete it by --overwrite, or choose another folder."
+                f"--output-dir {args.output_dir} already holds {held[0].name} of a run. Go on with it by --resume, "
+                "which needs its run.json, delete it by --overwrite, or choose another folder."
+            )
+        # The first thing that a run writes.
+        if args.resume and not (args.output_dir / "tokenizer").is_dir():
+            raise InputError(
+                f"--resume: --output-dir {args.output_dir} holds no run. Leave --resume out to start one."
             )
         return
     settings = settings_of(args)
-    for name, old in read_json(args.output_dir / "run.json")["settings"].items():
+    for name, old in read_run(args.output_dir)["settings"].items():
         if name not in REPORT_OPTIONS and settings.get(name) != old:
             raise InputError(
                 f"{option(name)} is {settings.get(name)!r}, but the run in {args.output_dir} has {old!r}. Resume with "
@@ -168,9 +252,25 @@ def is_resumable(args: argparse.Namespace) -> bool:
     return args.resume and (args.output_dir / "run.json").is_file()
 
 
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What `run.json` says: `settings` and `data_fingerprint`.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        run = read_json(output_dir / "run.json")
+        return {"settings": dict(run["settings"]), "data_fingerprint": run["data_fingerprint"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--output-dir {output_dir}: its run.json is damaged ({type(error).__name__}: {error}). Delete the run by "
+            "--overwrite, or choose another folder."
+        ) from error
+
+
 def start_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
     """Deletes an earlier run if asked to, and writes the tokenizer and `run.json`."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", args.output_dir)
     if args.overwrite:
         for path in [*checkpoints_in(args.output_dir), *(args.output_dir / name for name in OUTPUTS)]:
             if path.is_dir():
@@ -185,7 +285,7 @@ def start_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fing
 
 def check_fingerprint(args: argparse.Namespace, fingerprint: str) -> None:
     """Raises [`InputError`] where the data of a resumed run are not those it began with."""
-    old = read_json(args.output_dir / "run.json")["data_fingerprint"]
+    old = read_run(args.output_dir)["data_fingerprint"]
     if fingerprint != old:
         raise InputError(
             f"The data have fingerprint {fingerprint}, but the run in {args.output_dir} has {old}: the content of "

@@ -44,6 +44,7 @@ from datasets import Dataset
 from report import held_out_table, report
 from run_folder import (
     InputError,
+    OptionParser,
     check_output_dir,
     check_positive,
     checkpoint_step,
@@ -64,7 +65,7 @@ from training import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from modeling_coe import CoeConfig
+from modeling_coe import CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.releases import CHECKPOINTING
 
@@ -78,9 +79,7 @@ CHAT_TEMPLATE = (
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked without data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OptionParser(__doc__.splitlines()[0])
     conversations = parser.add_argument_group("conversations")
     conversations.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
     conversations.add_argument("--max-length", type=int, default=512, help="tokens in a row of packed conversations")
@@ -112,25 +111,29 @@ def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
     return short_hash(repr(row).encode() for dataset in (train, *held_out.values()) for row in dataset)
 
 
-def check_lengths(args: argparse.Namespace, held_out: dict[str, Dataset], kept: dict[str, Dataset]) -> None:
-    """Says how many held-out conversations `SFTTrainer` left out, since nothing of their answers is within
+def check_lengths(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
+    """Says how many held-out conversations `SFTTrainer` will leave out, since nothing of their answers is within
     `--max-length`; those of training are packed.
 
     Raises:
         InputError: All of a split's.
     """
-    for split, conversations in kept.items():
-        if len(conversations) == 0:
+    for split, conversations in splits.items():
+        prompts = tokenizer.apply_chat_template(
+            list(conversations["prompt"]), add_generation_prompt=True, return_dict=False
+        )
+        too_long = sum(len(prompt) >= args.max_length for prompt in prompts)
+        if too_long == len(prompts):
             raise InputError(
                 f"--max-length is {args.max_length}, before which no answer of the split {split!r} begins. Raise it."
             )
-        if split in held_out and len(conversations) < (given := len(held_out[split])):
-            print(f"{given - len(conversations)} of {given} in {split!r} exceed --max-length.")
+        if too_long and split != "train":
+            print(f"{too_long} of {len(prompts)} in {split!r} exceed --max-length.")
 
 
 def train(
     args: argparse.Namespace,
-    config: CoeConfig,
+    model: CoeForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Dataset,
     held_out: dict[str, Dataset],
@@ -139,10 +142,9 @@ def train(
     """Trains from the start, or from a checkpoint, to the last step."""
     if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
-    set_seed(args.seed)
     stopwatch = Stopwatch()
     trainer = SFTTrainer(
-        model=given_model(args.model, config),
+        model=model,
         args=SFTConfig(
             **training_arguments(args, evaluate_first=checkpoint is None),
             max_length=args.max_length,
@@ -157,7 +159,6 @@ def train(
         callbacks=[stopwatch, CpuKernelsCallback()],
     )
     trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
-    check_lengths(args, held_out, {"train": trainer.train_dataset, **trainer.eval_dataset})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
     tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # up to the last evaluation
@@ -173,8 +174,11 @@ def finetune(args: argparse.Namespace) -> None:
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     conversations = as_conversations(corpus.train, args.train_examples)
     held_out = {split: as_conversations(examples, args.eval_examples) for split, examples in corpus.held_out.items()}
+    check_lengths(args, tokenizer, {"train": conversations, **held_out})
+    set_seed(args.seed)
+    model = given_model(args.model, config)
     checkpoint = open_run(args, tokenizer, fingerprint_of(conversations, held_out))
-    run = train(args, config, tokenizer, conversations, held_out, checkpoint)
+    run = train(args, model, tokenizer, conversations, held_out, checkpoint)
     model, tokenizer = save_and_reload(run.model, tokenizer, args.output_dir / "model")
 
     def solver(problems: list[Example]) -> list[str]:

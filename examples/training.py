@@ -27,7 +27,9 @@ from run_folder import (
     add_run_options,
     check_not_negative,
     check_positive,
+    check_range,
     check_run_options,
+    loading,
 )
 from transformers import (
     AutoConfig,
@@ -48,6 +50,8 @@ from modeling_coe.callbacks import CpuKernelsCallback
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+WHOLE_MODEL = "Give a folder with the config.json, the weights and the tokenizer of one model."
 
 
 def add_options(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
@@ -80,8 +84,9 @@ def check_options(args: argparse.Namespace) -> None:
     check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
     check_positive(args, "num_problems", "max_new_tokens")
     check_not_negative(args, "warmup_steps", "num_samples")
-    if args.lr <= 0:
-        raise InputError(f"--lr is {args.lr}; it must be more than 0.")
+    check_range(args, "lr", 0, exclusive=True)
+    check_range(args, "weight_decay", 0)
+    check_range(args, "beta2", 0, 1)
     # A checkpoint holds no part of an average, so a resumed run could not log the same one.
     if args.save_steps % args.log_steps:
         raise InputError(
@@ -96,10 +101,8 @@ def given_config(source: str) -> CoeConfig:
     Raises:
         InputError: It cannot be loaded, or is not that of a Chain-of-Experts model.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {source} cannot be loaded: {error}") from error
+    with loading(f"--model {source}", WHOLE_MODEL):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if not isinstance(config, CoeConfig):
         raise InputError(
             f"--model {source} is a {config.model_type!r} model, not a chain of experts. Convert it with "
@@ -114,10 +117,8 @@ def given_model(source: str, config: CoeConfig) -> CoeForCausalLM:
     Raises:
         InputError: It cannot be loaded.
     """
-    try:
+    with loading(f"--model {source}", WHOLE_MODEL):
         return CoeForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {source} cannot be loaded: {error}") from error
 
 
 class Stopwatch(TrainerCallback):

@@ -15,13 +15,16 @@
 
 import argparse
 import json
+import os
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -34,11 +37,20 @@ class InputError(ValueError):
     """What the user gave does not work; the message names it and the remedy."""
 
 
+class OptionParser(argparse.ArgumentParser):
+    """A parser that raises [`InputError`] where it cannot read the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. `--help` tells what every option takes.")
+
+
+# What libraries raise where files of a model or its tokenizer are missing, damaged, or not of one kind.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="coe-routing",
         description="Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, "
         "load.png and transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
@@ -58,7 +70,40 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("tokens", "length", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more.")
+    check_device(args.device)
+    check_out(args.out)
+    if Path(args.data).is_file() and (args.split, args.config) != ("train", None):
+        named = f"--split is {args.split}" if args.split != "train" else f"--config is {args.config}"
+        raise InputError(f"{named}, but DATA {args.data} is a file, which has neither. Leave it out.")
     return args
+
+
+def check_device(device: str) -> None:
+    """Raises [`InputError`] where torch has no such device."""
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first where torch was built without it
+        raise InputError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}. Choose one that torch has, such as cpu."
+        ) from error
+
+
+def check_out(folder: Path) -> None:
+    """Raises [`InputError`] where the folder cannot be made or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--out {folder} cannot be a folder: {nearest} is a file. Choose another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder} cannot be written: {nearest} is read-only. Choose another folder.")
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the message of a library's error."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
+        error = error.__cause__
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def load_model(source: str) -> tuple[PreTrainedModel, Any]:
@@ -68,16 +113,25 @@ def load_model(source: str) -> tuple[PreTrainedModel, Any]:
         InputError: They cannot be loaded, or it is no Chain-of-Experts model with sparse layers.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not isinstance(config, CoeConfig) or not config.sparse_layers:
             raise InputError(
                 f"MODEL {source} is a {config.model_type!r} model without chained experts. Give a CoE model."
             )
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if len(tokenizer) > config.vocab_size:
+            raise InputError(
+                f"The tokenizer of MODEL {source} has {len(tokenizer)} tokens, its model {config.vocab_size}. "
+                "Save the tokenizer it was trained with in its folder."
+            )
+        return AutoModelForCausalLM.from_pretrained(source), tokenizer
     except InputError:
         raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"MODEL {source} cannot be loaded with its tokenizer: {error}") from error
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"MODEL {source} cannot be loaded with its tokenizer: {one_line(error)}. Give a folder with the "
+            "config.json, the weights and the tokenizer of one model."
+        ) from error
 
 
 def read_texts(source: str, columns: list[str], split: str, config: str | None) -> Iterator[str]:
@@ -106,12 +160,22 @@ def read_texts(source: str, columns: list[str], split: str, config: str | None) 
         for row in rows:
             if missing := [column for column in columns if column not in row]:
                 raise InputError(f"DATA {source} has no column {missing[0]!r}. Set --column to one of {sorted(row)}.")
-            yield "\n".join(str(row[column]) for column in columns if row[column] is not None)
+            values = {column: row[column] for column in columns if row[column] is not None}
+            for column, value in values.items():
+                if not isinstance(value, str | int | float):
+                    raise InputError(
+                        f"DATA {source} has a {type(value).__name__} in column {column!r}: {reprlib.repr(value)}. Set "
+                        "--column to a column of texts."
+                    )
+            yield "\n".join(map(str, values.values()))
     except InputError:
         raise
+    except StopIteration as error:  # of a file without rows
+        raise InputError(f"DATA {source} holds no text. Give data with text.") from error
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {error}"
+            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {one_line(error)}. Give a "
+            f"readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
         ) from error
 
 
@@ -142,18 +206,16 @@ def report(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError("The pictures need `matplotlib`: pip install 'coe-transformers[train]'.") from error
     model, tokenizer = load_model(args.model)
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"The tokenizer of MODEL {args.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}. "
-            "Save the tokenizer it was trained with in its folder."
-        )
     texts = read_texts(args.data, args.column or ["text"], args.split, args.config)
     batches = make_batches(texts, tokenizer, batch_size=args.batch_size, length=args.length, num_tokens=args.tokens)
     with tqdm(total=args.tokens, unit=" tokens", unit_scale=True) as bar:
         routing = measure_routing(model.to(args.device), _show_progress(batches, bar))
     if not routing.tokens:
         raise InputError(f"DATA {args.data} holds no text. Give data with text, or another --column.")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be made: {one_line(error)}. Choose another folder.") from error
     content = {"model": args.model, "data": args.data} | routing.summary()
     (args.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
     print(routing)

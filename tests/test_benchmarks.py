@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,27 @@ def test_the_default_against_every_other_implementation(capsys):
     output = capsys.readouterr().out
     assert output.count("| forward |") == output.count("| forward and backward |") == 2
     assert "weight gradient, float32" in output
+
+
+def test_a_run_of_the_upcycling_benchmark_is_what_its_options_say(tmp_path, monkeypatch):
+    """Results are looked up by all that decides them: other options, data or another model make another run."""
+    upcycling = importlib.import_module("upcycling")
+    made = []
+
+    def run(script: Path, option: str, folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"options": options}))
+        made.append(folder)
+
+    monkeypatch.setattr(upcycling, "run", run)
+    args = upcycling.parse_arguments(["--work", str(tmp_path)])
+    others = [Namespace(**vars(args) | change) for change in ({"eval_steps": 7}, {"data": ["--data=other.jsonl"]})]
+    options = ("--model", tmp_path / "split", "--steps", 3, "--lr", 0.5)
+    first = upcycling.pretrain(args, "split-1", *options)
+    assert upcycling.pretrain(args, "split-1", *options) == first and len(made) == 1
+    for index in (1, 3, 5):
+        changed = (*options[:index], "other", *options[index + 1 :])
+        assert upcycling.pretrain(args, "split-1", *changed)[0]["options"][-6 + index] == "other"
+    for other in others:
+        upcycling.pretrain(other, "split-1", *options)
+    assert len(set(made)) == len(made) == 6

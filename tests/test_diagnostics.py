@@ -720,35 +720,6 @@ def test_command_reads_parquet_and_unchained_models(saved, tmp_path):
     assert not (tmp_path / "out" / "transitions.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{model}", "{rows}", "--tokens", "0"], "--tokens is 0; it must be 1 or more"),
-        (["{model}", "{rows}"], r"no column 'text'. Set --column to one of \['answer', 'question'\]"),
-        (["{model}", "missing.jsonl", "--column", "text"], "DATA missing.jsonl does not exist"),
-        (["{model}", __file__], r"DATA .* is no \.parquet, \.jsonl, \.json, \.txt file"),
-        (["{model}", "nobody/nothing"], "DATA nobody/nothing .* cannot be read"),
-        (["{model}", "{empty}"], "holds no text"),
-        (["{missing}", "{rows}"], "MODEL .* cannot be loaded with its tokenizer"),
-        (["{dense}", "{rows}"], "MODEL .* without chained experts"),
-        (["{small}", "{rows}", "--column", "question"], "has 91 tokens, its model 50"),
-    ],
-)
-def test_command_refuses(saved, rows, tmp_path, arguments, message):
-    (tmp_path / "empty.txt").write_text("\n\n")
-    places = {"model": saved, "rows": rows, "empty": tmp_path / "empty.txt", "missing": tmp_path / "missing"}
-    for name, options in (("dense", {"n_routed_experts": None}), ("small", {"vocab_size": 50})):
-        places[name] = tmp_path / name
-        if f"{{{name}}}" in arguments:
-            tiny_model(**options).save_pretrained(places[name])
-            for path in saved.glob("tokenizer*"):
-                (places[name] / path.name).write_text(path.read_text())
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        main([*(argument.format_map(places) for argument in arguments), "--out", str(out)])
-    assert not out.exists()
-
-
 def test_example_draws_the_model_and_its_untrained_self(tmp_path, capsys):
     problems = ArithmeticExamples(0, "train")
     train_tokenizer(islice(problems, 50), 300).save_pretrained(tmp_path / "model")

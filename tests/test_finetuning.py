@@ -107,20 +107,6 @@ class TestBoth:
         other = {"log_history", "tokens_per_second", "samples", "exact_match", "logit_difference"}  # computed anew
         assert all(after[name] == before[name] for name in before.keys() - other) and after.keys() == before.keys()
 
-    @pytest.mark.parametrize(
-        ("wrong", "message"),
-        [
-            ("--lr 0", "--lr is 0.0; it must be more than 0"),
-            ("--model no-such-model", "--model no-such-model"),
-            ("--data nowhere.jsonl", "--data nowhere.jsonl does not exist"),
-            ("--num-problems 0", "--num-problems is 0; it must be 1 or more"),
-        ],
-    )
-    def test_errors_name_the_option(self, script, base, data, tmp_path, wrong, message):
-        with pytest.raises(SystemExit, match=message):
-            SCRIPTS[script].main([*options(script, base, tmp_path / "run", data), *wrong.split()])
-        assert not (tmp_path / "run").exists()
-
 
 def test_short_runs_and_other_reports(runs, base, data, tmp_path, capsys):
     """Fewer steps than between two lines of the log; a resumed run may report other problems."""
@@ -129,11 +115,6 @@ def test_short_runs_and_other_reports(runs, base, data, tmp_path, capsys):
     assert results_of(tmp_path)["tokens_per_second"] > 0
     sft.main([*short, "--num-problems", "1", "--resume"])
     assert "exact match" in capsys.readouterr().out
-
-
-def test_lengths_that_leave_no_answer_are_refused(base, data, tmp_path):
-    with pytest.raises(SystemExit, match="--max-length is 8, before which no answer of the split 'held_out' begins"):
-        sft.main([*options("sft", base, tmp_path, data), "--max-length", "8"])
 
 
 def test_an_adapter_does_not_go_on_with_another_model(runs, base, data, tmp_path):

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import fields, replace
+from itertools import combinations
 from math import comb
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks.paper import analysis, report, results, run, variants, worker
+from benchmarks.paper import analysis, report, results, run, runs, variants, worker
 from benchmarks.paper.analysis import CANNOT_TELL, DOES_NOT, HOLDS, MISSING, Estimate, Evidence
 from benchmarks.paper.experiments import (
     BASELINES,
@@ -35,7 +37,7 @@ from benchmarks.paper.experiments import (
     paper_loss,
 )
 from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
-from benchmarks.paper.runs import SCALES, TIMING_SEED, Run, plan, tuning_runs
+from benchmarks.paper.runs import GSM8K, SCALES, TIMING_SEED, Data, Run, Scale, plan, tuning_runs
 from modeling_coe import CoeConfig, CoeForCausalLM
 from tests.helpers import RESIDUAL_FLAGS, ROOT, random_ids, tiny_config
 
@@ -112,6 +114,18 @@ def finished(losses: dict[Arm, list[float]], experiment=FIGURE_3A, rate: float =
     return {entry["id"]: entry for entry in lines}
 
 
+@pytest.fixture(scope="module")
+def few_texts():
+    """Makes tokenizers from few texts, on one thread."""
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COE_CPU_KERNEL", "auto")  # the worker sets it
+        patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
+        yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+
+
 class TestTable:
     @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
     def test_every_arm_builds_a_configuration(self, scale):
@@ -149,21 +163,6 @@ class TestTable:
         assert differing == [(False, True), (False, True), (True, True), (True, False), (True, False)]
         assert FIGURE_3A.seeds >= 3 and all(experiment.seeds >= 3 for experiment in EXPERIMENTS.values())
 
-    def test_identity_is_what_is_computed(self):
-        made = Run(CPU, coe(OFFICIAL, 2, 4), 1e-3, 1)
-        others = [
-            replace(made, lr=2e-3),
-            replace(made, seed=2),
-            replace(made, kind="timing"),
-            replace(made, arm=replace(made.arm, data="second")),
-            replace(made, arm=replace(made.arm, variant="held")),
-            replace(made, scale=replace(CPU, shape=CPU.shape | {"steps": 501})),
-        ]
-        assert len({run.id for run in [made, *others]}) == 7
-        assert replace(made, arm=replace(made.arm, own_lr=True)).id == made.id
-        assert replace(made, scale=replace(CPU, minutes=9.0, about="another", seeds=(7,))).id == made.id
-        assert Run.from_json(CPU, made.to_json()) == made
-
     def test_every_run_is_planned_once(self):
         stages, complete = plan(CPU, {}, assumed_rate=2e-3)
         runs = [made for stage in stages.values() for made in stage]
@@ -177,18 +176,12 @@ class TestTable:
     def test_experiments_on_the_second_data(self):
         scale = replace(SMOKE, names=("figure_6", "figure_3a"), on_second_data=("figure_6",))
         stages, _ = plan(scale, {}, assumed_rate=1e-3)
-        assert {made.settings["data"] for made in stages["figure_6"]} == {"gsm8k"}
-        assert {made.settings["data"] for made in stages["figure_3a"]} == {"arithmetic"}
+        assert {made.settings["data_set"] for made in stages["figure_6"]} == {"gsm8k"}
+        assert {made.settings["data_set"] for made in stages["figure_3a"]} == {"arithmetic"}
         assert all("--data=root/gsm8k/train.parquet" in made.argv("out", "root") for made in stages["figure_6"])
         figure_6, figure_3a = scale.experiments
         assert {arm.data for arm in figure_6.arms} == {"second"} and figure_3a == FIGURE_3A
         assert [contrast.label for contrast in figure_6.contrasts] == [each.label for each in FIGURE_6.contrasts]
-
-    def test_what_every_run_shares(self):
-        """Not part of a run's identity: who changes it has to make all runs anew."""
-        made = Run(CPU, moe(OFFICIAL), 1e-3, 1).argv("out", "root")
-        shared = ("--schedule=constant_with_warmup", "--weight-decay=0.01", "--beta2=0.95", "--aux-loss=0.001")
-        assert set(shared) <= set(made)
 
     def test_the_grid_comes_first_and_only_the_baselines_decide(self):
         scale = replace(SMOKE, tuning_seeds=(0, 9))
@@ -251,6 +244,202 @@ class TestTable:
         assert read_paper_curves(ROOT / "nowhere") == {}
 
 
+# By what a run is made of: fields with other values, those that decide what it computes and those that do not.
+DECISIVE = {
+    Run: {"scale": SMOKE, "arm": moe(OFFICIAL), "lr": 2e-3, "seed": 2, "kind": "timing"},
+    Arm: {"residual": PRENORM, "iterations": 3, "top_k": 2, "experts": 31, "shared_experts": 2, "depth": 2}
+    | {"shared_router": True, "variant": "held", "data": "second"},
+    Scale: {"shape": CPU.shape | {"steps": 501}, "layers": 5, "data": {"main": GSM8K}, "bf16": True},
+    Data: {
+        "name": "other",
+        "split": "templates",
+        "data": "other.parquet",
+        "eval_data": "other.parquet",
+        "data_config": "other",
+    }
+    | {"train_split": "other", "eval_split": "other", "eval_fraction": 0.5, "prompt_column": "other"}
+    | {"answer_column": "other", "tokenizer": "other"},
+}
+INDIFFERENT = {
+    Run: {},
+    Arm: {"own_lr": True},
+    Scale: {"name": "other", "about": "other", "learning_rates": (1.0,), "seeds": (9,), "tuning_seeds": (9,)}
+    | {"own_tuning_seeds": (9,), "names": (), "on_second_data": (), "minutes": 9.0, "jobs": 9, "note": "other"}
+    | {"timed_steps": 99},  # of timings, where it decides
+    Data: {},
+}
+
+
+class TestIdentity:
+    MADE = Run(CPU, coe(OFFICIAL, 2, 4), 1e-3, 1)
+    TIMED = Run(CPU, coe(OFFICIAL, 2, 4), 0.0, TIMING_SEED, kind="timing")
+
+    @pytest.mark.parametrize("made", [MADE, TIMED], ids=["train", "timing"])
+    def test_every_setting_is_part_of_it(self, made):
+        ids = {made.id}
+        for name in made.settings:
+            other = replace(made)
+            vars(other)["settings"] = made.settings | {name: "another value"}
+            ids.add(other.id)
+        assert len(ids) == 1 + len(made.settings)
+
+    @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+    def test_every_option_of_the_trainer_is_a_setting(self, scale):
+        """With the value that the trainer resolves it to: none is left to a default."""
+        options = vars(worker.pretrain.parse_arguments(["--output-dir=out"])).keys()
+        options = options - worker.run_folder.START_OPTIONS - worker.run_folder.REPORT_OPTIONS
+        for arm in ARMS:
+            made = Run(scale, arm, 1e-3, 1)
+            args = vars(worker.options_of(made, "out", "root"))
+            assert {name: args[name] for name in options} == made.options("root")
+
+    @pytest.mark.parametrize("kind", DECISIVE, ids=lambda kind: kind.__name__)
+    def test_every_field_decides_or_is_known_not_to(self, kind):
+        def changed(name: str, value) -> str:
+            arm, scale, data = self.MADE.arm, self.MADE.scale, self.MADE.scale.data["main"]
+            made = {
+                Run: lambda: replace(self.MADE, **{name: value}),
+                Arm: lambda: replace(self.MADE, arm=replace(arm, **{name: value})),
+                Scale: lambda: replace(self.MADE, scale=replace(scale, **{name: value})),
+                Data: lambda: replace(self.MADE, scale=replace(scale, data={"main": replace(data, **{name: value})})),
+            }
+            return made[kind]().id
+
+        assert DECISIVE[kind].keys() | INDIFFERENT[kind].keys() == {field.name for field in fields(kind)}
+        ids = [changed(name, value) for name, value in DECISIVE[kind].items()]
+        assert len({self.MADE.id, *ids}) == 1 + len(ids)
+        assert {changed(name, value) for name, value in INDIFFERENT[kind].items()} <= {self.MADE.id}
+
+    def test_precision_is_the_run_s(self, few_texts, tmp_path):
+        for bf16 in (False, True):
+            made = Run(replace(SMOKE, bf16=bf16), moe(OFFICIAL), 1e-3, 1)
+            inputs = worker.Inputs(made, str(tmp_path), "root")
+            assert inputs.trainer(inputs.model(made)).args.bf16 == bf16
+
+    def test_every_part_of_the_shape(self):
+        shapes = [CPU.shape | {name: value + 1} for name, value in CPU.shape.items()]
+        ids = {replace(self.MADE, scale=replace(CPU, shape=shape)).id for shape in shapes}
+        assert len({self.MADE.id, *ids}) == 1 + len(CPU.shape)
+
+    @pytest.mark.parametrize("name", ["COMMON_OPTIONS", "CPU_KERNEL", "WARM_UP", "TIMING_RATE", "REFERENCE"])
+    def test_what_all_runs_share(self, monkeypatch, name):
+        value = getattr(runs, name)
+        others = [value | {key: "other"} for key in value] if isinstance(value, dict) else []
+        others = others or [moe(PRENORM) if isinstance(value, Arm) else "mm" if isinstance(value, str) else 2 * value]
+        for other in others:
+            before = replace(self.TIMED).id
+            with monkeypatch.context() as patch:
+                patch.setattr(runs, name, other)
+                assert replace(self.TIMED).id != before
+        assert replace(self.TIMED, scale=replace(CPU, timed_steps=9)).id != self.TIMED.id
+
+    def test_a_command_that_is_not_of_the_settings(self, monkeypatch):
+        command = Run.argv
+        monkeypatch.setattr(Run, "argv", lambda *args, **kwargs: [*command(*args, **kwargs), "--top-k=1"])
+        other = replace(self.MADE)
+        assert other.id != self.MADE.id
+        with pytest.raises(ValueError, match=r"CoE-2\(4/64\) inner, arithmetic.*: top_k are not those"):
+            worker.options_of(other, "out", "root")
+
+    def test_a_default_that_is_no_setting(self, monkeypatch):
+        parse = worker.pretrain.parse_arguments
+        monkeypatch.setattr(
+            worker.pretrain, "parse_arguments", lambda argv: Namespace(**vars(parse(argv)), dropout=0.1)
+        )
+        with pytest.raises(ValueError, match="dropout are not those"):
+            worker.options_of(self.MADE, "out", "root")
+
+    def test_the_environment_does_not_decide(self, monkeypatch, tmp_path):
+        """Which kernel computes the experts is a setting."""
+        found = {}
+        monkeypatch.setenv("COE_CPU_KERNEL", "mm")
+        monkeypatch.setattr(worker, "execute", lambda *_: found.update(os.environ) or {"id": "a"})
+        threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+        worker.main(["--scale=cpu", f"--run={self.MADE.to_json()}", f"--results={tmp_path}"])
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        assert found["COE_CPU_KERNEL"] == self.MADE.settings["cpu_kernel"] == "grouped_mm"
+
+    def test_through_json(self):
+        assert Run.from_json(CPU, self.MADE.to_json()) == self.MADE
+        assert json.loads(json.dumps(self.TIMED.settings)) == self.TIMED.settings
+
+    def test_published_runs_are_runs_of_today(self):
+        """Every line has the id and the settings that a run with its settings has today, and an id of before."""
+        names = {data.name: key for key, data in CPU.data.items()}
+        published = results.load(results.path_of("cpu"))
+        for id, entry in published.items():
+            settings = entry["settings"]
+            arm = Arm(
+                settings["residual"],
+                iterations=2 if settings["variant"] == "held" else settings["iterations"],
+                top_k=settings["top_k"],
+                experts=settings["num_experts"],
+                shared_experts=settings["shared_experts"],
+                depth=settings["num_layers"] // CPU.layers,
+                shared_router=settings["shared_router"],
+                variant=settings["variant"],
+                data=names[settings["data_set"]],
+            )
+            made = Run(CPU, arm, settings["lr"], settings["seed"], settings["kind"])
+            assert (made.id, made.settings, made.label) == (id, settings, entry["label"])
+        assert len(published) == len({entry["former_id"] for entry in published.values()}) == 401
+
+    def test_what_the_published_commit_trained(self):
+        """The options that `examples/pretrain.py` of commit cf36f65 resolved a published run to."""
+        options = {
+            **{"seed": 0, "data": None, "data_config": None, "train_split": "train", "eval_data": None},
+            **{"eval_split": "test", "eval_fraction": 0.05, "prompt_column": "question", "answer_column": "answer"},
+            **{"tokenizer": None, "vocab_size": 1024, "block_size": 128, "model": None, "hidden_size": 64},
+            **{"num_layers": 4, "num_heads": 4, "num_experts": 63, "shared_experts": 1, "expert_width": 44},
+            **{"top_k": 8, "iterations": 1, "residual": "inner", "shared_router": False, "aux_loss": 0.001},
+            **{"init_range": None, "steps": 500, "batch_size": 8, "lr": 0.002, "schedule": "constant_with_warmup"},
+            **{"warmup_steps": 50, "weight_decay": 0.01, "beta2": 0.95, "log_steps": 10, "eval_steps": 50},
+            **{"eval_blocks": 128, "save_steps": 10},
+        }
+        first = next(iter(results.load(results.path_of("cpu")).values()))
+        assert first["former_id"] == "8eb7c6ade237"
+        assert first["settings"] == options | {
+            **{"kind": "train", "variant": None, "bf16": False, "cpu_kernel": "grouped_mm"},
+            **{"data_set": "arithmetic", "split": "numbers"},
+        }
+
+
+class TestCodeFingerprint:
+    def test_it_changes_with_every_file(self, tmp_path, monkeypatch):
+        files = sorted(path.relative_to(ROOT) for pattern in worker.SOURCES for path in ROOT.glob(pattern))
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+        original = worker.code_fingerprint()
+        monkeypatch.setattr(worker, "ROOT", tmp_path)
+        assert worker.code_fingerprint() == original
+        found = set()
+        for file in files:
+            with open(tmp_path / file, "a") as stream:
+                stream.write("\n")
+            found.add(worker.code_fingerprint())
+        assert len(found | {original}) == len(files) + 1
+        (tmp_path / "modeling_coe" / "another.py").touch()
+        assert worker.code_fingerprint() not in found
+
+    def test_it_covers_what_a_run_imports(self):
+        """All files of this project that the worker has loaded, and all of the packages that load more when needed."""
+        program = (
+            "import sys; from pathlib import Path; from benchmarks.paper import worker\n"
+            "for module in list(sys.modules.values()):\n"
+            "    file = getattr(module, '__file__', None)\n"
+            "    if file and worker.ROOT in Path(file).parents: print(Path(file).relative_to(worker.ROOT))"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        imported = {line for line in found.stdout.splitlines() if not line.startswith(".")}
+        covered = {str(path.relative_to(ROOT)) for pattern in worker.SOURCES for path in ROOT.glob(pattern)}
+        assert {"examples/pretrain.py", "benchmarks/paper/runs.py"} <= imported <= covered
+        assert {str(path.relative_to(ROOT)) for path in ROOT.glob("*_coe/*.py")} <= covered
+
+
 class TestVariants:
     def both(self, variant: str, rule: str, **fields):
         config = tiny_config(**RESIDUAL_FLAGS[rule], **fields)
@@ -298,12 +487,24 @@ class TestVariants:
 
 class TestStatistics:
     def test_interval_by_hand(self):
-        # Standard deviation 1, t(2) = 4.303.
+        # Standard deviation 1, t(2) = 4.3027.
         found = analysis.estimate([1.0, 2.0, 3.0])
-        assert found == (2.0, pytest.approx(4.303 / 3**0.5), 3)
+        assert found == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4), 3)
         assert (found.low, found.high) == (pytest.approx(-0.4843, abs=1e-3), pytest.approx(4.4843, abs=1e-3))
         assert analysis.estimate([1.0]).half == float("inf") and analysis.estimate([]) is None
         assert analysis.standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+
+    # As tables of Student's t have it, by degrees of freedom.
+    @pytest.mark.parametrize(
+        "freedom, quantile",
+        [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (15, 2.131), (20, 2.086), (30, 2.042), (120, 1.980)],
+    )
+    def test_quantiles_of_students_t(self, freedom, quantile):
+        values = [float(index % 2) for index in range(freedom + 1)]
+        error = analysis.standard_error(values)
+        deviation = (sum((value - sum(values) / len(values)) ** 2 for value in values) / freedom) ** 0.5
+        assert error == pytest.approx(deviation / len(values) ** 0.5)
+        assert analysis.estimate(values).half == pytest.approx(quantile * error, abs=6e-4 * error)
 
     def test_interpolation(self):
         curve = [(0, 4.0), (10, 2.0), (20, 1.5)]
@@ -333,6 +534,36 @@ class TestStatistics:
     )
     def test_matches(self, mean, half, expected):
         assert analysis.verdict(Estimate(mean, half, 3), 1.0, matches=True, paper=None) == expected
+
+    @pytest.mark.parametrize("matches", [False, True])
+    @pytest.mark.parametrize("paper", [(0.9, 1.0), (1.1, 1.0), None], ids=str)
+    def test_the_words_of_a_rule_decide_as_it_does(self, tmp_path, matches, paper):
+        """A reader of the report who goes through its sentence from left to right."""
+        report.main([f"--results={tmp_path}", f"--output={tmp_path / 'RESULTS.md'}", "--curves=nowhere"])
+        claim = '- "A matches B":' if matches else '- "A is better than B":'
+        lines = (tmp_path / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+        (sentence,) = [line for line in lines if line.startswith(claim)]
+        cases = re.findall(r"\*\*([a-z ]+)\*\*(?: if the whole interval lies (below|above) ([^;]+))?[;.]", sentence)
+        assert [verdict for verdict, *_ in cases][-1] == CANNOT_TELL and len(cases) == 3
+        against, found = 2.0, set()
+
+        def bound(words: str) -> float:
+            share, of = re.fullmatch(r"zero|([\d.]+) % of (B's loss|the paper's difference)", words).groups()
+            if of == "the paper's difference":
+                return float(share) / 100 * against * (paper[0] / paper[1] - 1) if paper else 0.0
+            return float(share or 0) / 100 * against
+
+        def read(low: float, high: float) -> str:
+            for verdict, side, words in cases:
+                if not side or (high < bound(words) if side == "below" else low > bound(words)):
+                    return verdict
+
+        edges = [-0.3, -0.05, -0.03, -0.01, 0.0, 0.01, 0.025, 0.035, 0.05, 0.3]
+        for low, high in combinations(edges, 2):
+            difference = Estimate((low + high) / 2, (high - low) / 2, 3)
+            found.add(decided := analysis.verdict(difference, against, matches, paper))
+            assert decided == read(difference.low, difference.high)
+        assert found == {HOLDS, DOES_NOT, CANNOT_TELL}
 
     def test_equal_steps_flops_and_seconds(self):
         chain, single = coe(OFFICIAL, 2, 8), moe(OFFICIAL)
@@ -482,17 +713,6 @@ class TestReport:
         text = "\n".join(report.arithmetic())
         assert "| -17.7% |" in text and "| -42.2% |" in text
         assert comb(64, 4) ** 2 / comb(64, 8) == pytest.approx(91.2, abs=0.05) and "| 91.2x |" in text
-
-
-@pytest.fixture(scope="module")
-def few_texts():
-    """Makes tokenizers from few texts, on one thread."""
-    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.corpus, "TOKENIZER_EXAMPLES", 200)
-        yield
-    torch.set_num_threads(threads)
-    logging.set_verbosity(verbosity)
 
 
 class TestWorker:

@@ -241,69 +241,6 @@ class TestErrors:
             pretrain.main([str(word) for word in argv])
         return str(exit_info.value)
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ("--steps 0", "--steps is 0; it must be 1 or more"),
-            ("--lr 0", "--lr is 0.0; it must be more than 0"),
-            ("--num-samples -1", "--num-samples is -1; it must be 0 or more"),
-            ("--warmup-steps -1", "--warmup-steps is -1; it must be 0 or more"),
-            ("--seed -1", "--seed is -1; it must be 0 or more"),
-            ("--top-k 9", "`num_experts_per_tok` is 9, .*--help tells which option sets which field"),
-            ("--hidden-size 100", "--hidden-size is 100, .* Choose a multiple of 16"),
-            ("--save-steps 15", "--save-steps is 15, .* not a multiple of --log-steps 10"),
-            ("--eval-fraction 1.5", "--eval-fraction is 1.5; it must lie between 0 and 1"),
-            ("--resume --overwrite", "give one of them"),
-            ("--vocab-size 100", "--vocab-size is 100; .* need 258 or more"),
-            ("--data nowhere.jsonl", r"--data nowhere.jsonl does not exist"),
-            ("--data no-such-owner/no-such-data", "--data no-such-owner/no-such-data .* cannot be read"),
-            ("--tokenizer no-such-tokenizer", "--tokenizer no-such-tokenizer: the tokenizer cannot be loaded"),
-            ("--model no-such-model", "--model no-such-model: the tokenizer cannot be loaded"),
-            ("--model any --top-k 4", "--top-k is 4, but --model any has a shape and a tokenizer already"),
-        ],
-    )
-    def test_options(self, tmp_path, options, message):
-        assert re.search(message, self.fails("--output-dir", tmp_path, *options.split()), re.DOTALL)
-        assert not any(tmp_path.iterdir()), "nothing may be written before the input is known to be good"
-
-    def test_data(self, tmp_path, data):
-        empty, text, single, blank = (tmp_path / name for name in ("empty.jsonl", "a.txt", "one.jsonl", "blank.jsonl"))
-        empty.touch()
-        text.write_text("hello")
-        write_rows(single, 1)
-        blank.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "", "answer": "3"}\n')
-        out = ["--output-dir", tmp_path / "run"]
-        assert "is empty" in self.fails(*out, "--data", empty)
-        assert "is no .parquet, .jsonl, .json file" in self.fails(*out, "--data", text)
-        assert "none can be held out" in self.fails(*out, "--data", single)
-        message = self.fails(*out, "--data", blank, "--eval-data", data)
-        assert "--data has no 'question' in row" in message
-        message = self.fails(*out, "--data", data, "--prompt-column", "query")
-        assert "--prompt-column is 'query', but --data has the columns question, answer" in message
-        message = self.fails(*out, "--data", data, "--block-size", 4096)
-        assert "fills 0 blocks of --block-size 4096 tokens, fewer than the --batch-size 16" in message
-        assert not (tmp_path / "run").exists()
-
-    def test_tokenizer_without_end(self, tmp_path, tokenizer):
-        tokenizer.save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        del config["eos_token"]
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        message = self.fails("--output-dir", tmp_path / "run", "--tokenizer", tmp_path)
-        assert "has no `eos_token`" in message
-
-    def test_folder_in_use(self, tmp_path):
-        write_checkpoint(tmp_path, 2)
-        for options in ([], ["--resume"]):  # there is no run.json to resume by
-            message = self.fails("--output-dir", tmp_path, *options)
-            assert "already holds checkpoints" in message and "--resume" in message and "--overwrite" in message
-
-    def test_resume_with_other_settings(self, tmp_path):
-        settings = run_folder.settings_of(pretrain.parse_arguments(["--output-dir", str(tmp_path), "--lr", "0.5"]))
-        run_folder.write_json(tmp_path / "run.json", {"settings": settings, "data_fingerprint": "0"})
-        message = self.fails("--output-dir", tmp_path, "--resume", "--lr", "0.25")
-        assert "--lr is 0.25, but the run in" in message and "has 0.5" in message
-
     @pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
     def test_a_run_does_not_replace_what_it_reads(self, tmp_path, more):
         (tmp_path / "model").mkdir()

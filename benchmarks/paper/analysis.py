@@ -11,35 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What finished runs say: losses at equal steps, FLOPs and seconds, paired differences, and verdicts on claims.
-
-The rule of the verdicts, fixed before the runs:
-
-- Differences are paired: of two arms with the same seed, hence the same data in the same order. Their mean has a 95 %
-  interval by Student's t over the seeds.
-- "A is better than B" **holds** if the whole interval of A - B lies below zero; it **does not** hold if the whole
-  interval excludes an advantage of a fifth of the paper's, relative to the loss of B (of any advantage, where there is
-  no figure of the paper's); that is asked first. Else one **cannot tell**. The paper's advantage under its own rule
-  is asked of pre-norm models as well.
-- "A matches B" **holds** if the whole interval lies below 1.5 % of B's loss, which is a little more than what
-  separates the paper's own matches (1.0 % and 1.1 %), **does not** if it lies above, and else one **cannot tell**.
-- A claim **does not** hold if A diverged for a seed for which B did not.
-"""
+"""What finished runs say: losses at equal steps, FLOPs and seconds, paired differences, and verdicts on claims."""
 
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from scipy import stats
 
 from benchmarks.paper.experiments import (
     BASELINES,
-    OFFICIAL,
+    REFERENCE,
     Arm,
     Contrast,
     Experiment,
-    moe,
     paper_loss,
     under_official_rule,
 )
@@ -49,8 +37,6 @@ from benchmarks.upcycling import interval
 
 MEASURES = ("steps", "FLOPs", "seconds")
 VERDICTS = HOLDS, DOES_NOT, CANNOT_TELL, MISSING = "holds", "does not", "cannot tell", "not run"
-SHARE_OF_EFFECT, TOLERANCE = 0.2, 0.015
-REFERENCE = moe(OFFICIAL)  # whose training step is the unit of time
 
 Curve = list[tuple[float, float]]
 
@@ -86,7 +72,7 @@ def paired_difference(pairs: list[tuple[float, float]]) -> Estimate | None:
 
 def standard_error(values: list[float]) -> float | None:
     """Of the mean; `None` for a single value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def interpolate(curve: Curve, step: float) -> float:
@@ -110,7 +96,7 @@ def flops_per_token(result: Mapping[str, Any]) -> float:
     """Forward floating-point operations (2 per multiply-add) that a token costs in products with weights: experts,
     attention, routers and output head. Attention's products of activations are left out."""
     settings = result["settings"]
-    width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "layers", "experts"))
+    width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "num_layers", "num_experts"))
     all_experts = num_layers * (num_experts + settings["shared_experts"]) * 3 * width * settings["expert_width"]
     others = result["non_embedding_parameters"] - all_experts
     if settings["shared_router"]:  # a parameter once, used in every iteration
@@ -119,10 +105,82 @@ def flops_per_token(result: Mapping[str, Any]) -> float:
     return result["expert_flops_per_token"] + 2 * (others + head)
 
 
+# ---- The rule of the verdicts ---------------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    """A difference of losses: a share of B's loss, or of the paper's difference relative to its loss of B."""
+
+    share: float
+    of: Literal["B's loss", "the paper's difference"]
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:g} % of {self.of}" if self.share else "zero"
+
+    def value(self, against: float, paper: tuple[float, float] | None) -> float:
+        """The bound for a loss of B; zero where it is a share of what the paper has no figures of."""
+        if self.of == "B's loss":
+            return self.share * against
+        return self.share * against * (paper[0] / paper[1] - 1) if paper else 0.0
+
+
+class Case(NamedTuple):
+    """The verdict on a claim whose whole interval lies on one side of a bound."""
+
+    verdict: str
+    side: Literal["below", "above"]
+    bound: Bound
+
+    def __str__(self) -> str:
+        return f"**{self.verdict}** if the whole interval lies {self.side} {self.bound}"
+
+    def applies(self, difference: Estimate, bound: float) -> bool:
+        return difference.high < bound if self.side == "below" else difference.low > bound
+
+
+class Rule(NamedTuple):
+    """How a kind of claim is decided: by the first case that applies; where none does, one cannot tell."""
+
+    claim: str
+    cases: tuple[Case, ...]
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.claim}: {'; else '.join(map(str, self.cases))}; else **{CANNOT_TELL}**. {self.note}"
+
+    def verdict(self, difference: Estimate, against: float, paper: tuple[float, float] | None) -> str:
+        applying = (case for case in self.cases if case.applies(difference, case.bound.value(against, paper)))
+        return next((case.verdict for case in applying), CANNOT_TELL)
+
+
+BETTER = Rule(
+    '"A is better than B"',
+    (
+        Case(DOES_NOT, "above", Bound(0.2, "the paper's difference")),
+        Case(HOLDS, "below", Bound(0.0, "B's loss")),
+    ),
+    "The paper's difference is relative to its loss of B, and zero where it has no figures; that under its own rule "
+    "is asked of pre-norm models as well.",
+)
+MATCHES = Rule(
+    '"A matches B"',
+    (
+        Case(HOLDS, "below", Bound(0.015, "B's loss")),
+        Case(DOES_NOT, "above", Bound(0.015, "B's loss")),
+    ),
+    "This bound is a little more than what separates the paper's own matches (1.0 % and 1.1 %).",
+)
+PAIRED = (
+    "Differences are paired, A - B: of two arms with the same seed, hence the same data in the same order. Their mean "
+    "has a 95 % interval by Student's t over the seeds."
+)
+DIVERGED = f"A claim **{DOES_NOT}** hold if A diverged for a seed for which B did not."
+
+
 def verdict(
     difference: Estimate | None, against: float | None, matches: bool, paper: tuple[float, float] | None
 ) -> str:
-    """Whether a claim holds, by the rule above.
+    """Whether a claim holds, by the rule of its kind.
 
     Args:
         difference (`Estimate`, *optional*): Of the arm that is claimed to be better (or as good) minus the other.
@@ -132,11 +190,10 @@ def verdict(
     """
     if difference is None or against is None:
         return MISSING
-    if matches:
-        bound = TOLERANCE * against
-        return HOLDS if difference.high < bound else DOES_NOT if difference.low > bound else CANNOT_TELL
-    wanted = SHARE_OF_EFFECT * against * (paper[0] / paper[1] - 1) if paper else 0.0
-    return DOES_NOT if difference.low > wanted else HOLDS if difference.high < 0 else CANNOT_TELL
+    return (MATCHES if matches else BETTER).verdict(difference, against, paper)
+
+
+# ---- Evidence -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -397,3 +397,4 @@ EXPERIMENTS = {
     )
 }
 BASELINES = (moe(OFFICIAL), moe(PRENORM))
+REFERENCE = moe(OFFICIAL)  # whose training step is the unit of time

@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import analysis, results
-from benchmarks.paper.analysis import MEASURES, REFERENCE, Comparison, Curve, Estimate, Evidence, standard_error
+from benchmarks.paper.analysis import MEASURES, Comparison, Curve, Estimate, Evidence, standard_error
 from benchmarks.paper.experiments import (
     BASELINES,
     OFFICIAL,
+    REFERENCE,
     Arm,
     Contrast,
     Experiment,
@@ -117,7 +118,7 @@ def setting(evidence: Evidence) -> list[str]:
     unigrams: dict[tuple[str, str], list[float]] = {}
     for result in trained:
         split = result["split"]
-        unigrams.setdefault((result["settings"]["data"], split), []).append(result["unigram"][split])
+        unigrams.setdefault((result["settings"]["data_set"], split), []).append(result["unigram"][split])
     held_out = (
         f"{data}, split {split} (unigram loss {statistics.fmean(losses):.2f})"
         for (data, split), losses in unigrams.items()
@@ -574,9 +575,9 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         "",
         *METHOD.splitlines(),
         "",
-        "The rule of the verdicts:",
+        "The rule of the verdicts; the first case that applies decides:",
         "",
-        *analysis.__doc__.partition("before the runs:\n\n")[2].splitlines(),
+        *(f"- {text}" for text in (analysis.PAIRED, analysis.BETTER, analysis.MATCHES, analysis.DIVERGED)),
         "",
     ]
     paper = read_paper_curves(curves)
@@ -603,6 +604,10 @@ def main(argv: list[str] | None = None) -> None:
     default = HERE.parents[2] / "shared" / "data" / "paper_curves"
     parser.add_argument("--curves", type=Path, default=default, help="folder of the paper's curves, if there is one")
     args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"--results {args.results} is no folder; give the one that `benchmarks.paper.run` wrote to")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output} cannot be written: {args.output.parent} is no folder; make it")
     write(args.output, args.results, args.curves)
     print(f"written to {args.output}")
 

@@ -16,6 +16,7 @@
 python -m benchmarks.paper.results FIRST.jsonl SECOND.jsonl    # are the figures of runs in both the same?
 """
 
+import argparse
 import fcntl
 import json
 import math
@@ -87,7 +88,12 @@ def differing_figures(first: dict[str, dict[str, Any]], second: dict[str, dict[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    first, second = (load(Path(name)) for name in (sys.argv[1:] if argv is None else argv))
+    parser = argparse.ArgumentParser(description="Are the figures of runs in both files the same?")
+    parser.add_argument("files", type=Path, nargs=2, metavar="RUNS.jsonl")
+    files = parser.parse_args(argv).files
+    if missing := [file for file in files if not file.is_file()]:
+        parser.error(f"{missing[0]} does not exist; give two files that `benchmarks.paper.run` wrote")
+    first, second = map(load, files)
     compared = differing_figures(first, second)
     for id, names in compared.items():
         print(f"{id}  {', '.join(names) if names else 'the same'}  {first[id]['label']}")

@@ -60,7 +60,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no run that would not end within this time")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the JSON lines")
     parser.add_argument("--data-root", default=str(ROOT.parent / "shared" / "data"), help="folder of the data")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("jobs", 1), ("threads", 1), ("minutes", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name} is {value}; it must be {least} or more")
+    if wrong := [seed for seed in args.seeds or () if seed < 0]:
+        parser.error(f"--seeds has {wrong[0]}; they must be 0 or more")
+    if args.results.exists() and not args.results.is_dir():
+        parser.error(f"--results {args.results} is a file; choose a folder")
+    return args
 
 
 # ---- Time -----------------------------------------------------------------------------------------------------------
@@ -158,8 +167,6 @@ class Processes:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.args.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
-            # A run that is computed again has the same bits.
-            "COE_CPU_KERNEL": os.environ.get("COE_CPU_KERNEL", "grouped_mm"),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": path,
         }
@@ -191,8 +198,8 @@ class Processes:
 
 def missing_data(run: Run, data_root: str) -> str | None:
     """A file of the run's data that is not there."""
-    options = run.scale.data[run.arm.data].options.values() if run.kind == "train" else ()
-    files = [value.format(root=data_root) for value in options if "{root}" in value]
+    data = run.scale.data[run.arm.data]
+    files = [file.replace("{root}", data_root) for file in (data.data, data.eval_data) if file and "{root}" in file]
     return next((file for file in files if not Path(file).exists()), None)
 
 

@@ -13,8 +13,10 @@
 # limitations under the License.
 """How it is run: scales, runs and their order.
 
-A [`Scale`] says how wide the models are and how long they train. A [`Run`] is an arm with everything resolved, and its
-identity: experiments that need the same run share it.
+A [`Scale`] says how wide the models are and how long they train. A [`Run`] is an arm with everything resolved. Its
+settings, all that decides what it computes, are its identity: experiments that need the same run share it, and a run
+with any other setting is another one. Where it is written, on what machine and by what version of the code is none of
+its settings; `worker.py` writes these beside them.
 
 The learning rate is tuned once, for the two baselines and for nothing else, and then used by all. `own_lr` arms use
 the best of the same grid for their own model instead.
@@ -24,16 +26,22 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
-from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, Arm, Experiment
+from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, REFERENCE, Arm, Experiment
 
 
-TIMING_SEED = 0
+TIMING_SEED, TIMING_RATE = 0, 1e-4
+WARM_UP = 3  # steps of a timing that do not count
+# Options that all runs have in common.
 COMMON_OPTIONS = {"schedule": "constant_with_warmup", "weight_decay": 0.01, "beta2": 0.95, "aux_loss": 0.001}
+COMMON_OPTIONS |= {"model": None, "init_range": None}
+CPU_KERNEL = "grouped_mm"  # of the experts: a run that is computed again has the same bits
+# Settings that are no options of `examples/pretrain.py`.
+OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference")
 Kind = Literal["train", "timing"]
 
 
@@ -42,25 +50,35 @@ Kind = Literal["train", "timing"]
 
 @dataclass(frozen=True)
 class Data:
-    """Data of `examples/pretrain.py`, as its options; `{root}` is the folder of the runner's `--data-root`. `split` is
-    the held-out split that losses are quoted of."""
+    """Data of `examples/pretrain.py`: a name, the held-out split that losses are quoted of, and its options, where
+    `{root}` is the folder of the runner's `--data-root`."""
 
     name: str
     split: str = "held_out"
-    options: dict[str, str] = field(default_factory=dict)
+    data: str | None = None
+    eval_data: str | None = None
+    data_config: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    eval_fraction: float = 0.05
+    prompt_column: str = "question"
+    answer_column: str = "answer"
+    tokenizer: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "split")}
 
 
 ARITHMETIC = Data("arithmetic", "numbers")
-GSM8K = Data("gsm8k", options={"data": "{root}/gsm8k/train.parquet", "eval_data": "{root}/gsm8k/test.parquet"})
+GSM8K = Data("gsm8k", data="{root}/gsm8k/train.parquet", eval_data="{root}/gsm8k/test.parquet")
 META_MATH = Data(
     "metamathqa",
-    options={
-        "data": "meta-math/MetaMathQA",
-        "prompt_column": "query",
-        "answer_column": "response",
-        "eval_fraction": "0.01",
-        "tokenizer": "deepseek-ai/DeepSeek-V2-Lite",
-    },
+    data="meta-math/MetaMathQA",
+    prompt_column="query",
+    answer_column="response",
+    eval_fraction=0.01,
+    tokenizer="deepseek-ai/DeepSeek-V2-Lite",
 )
 
 
@@ -79,6 +97,7 @@ class Scale:
         data (`dict[str, Data]`): Those of the arms' `data`.
         names (`tuple[str, ...]`): Of the experiments, all by default.
         on_second_data (`tuple[str, ...]`): Names of those that use the second data set instead of the main one.
+        bf16 (`bool`): Trains in mixed precision.
         minutes (`float`): Rough time of a run of MoE(8/64), to estimate with.
         jobs (`int`): Runs at a time.
         timed_steps (`int`): Pairs of steps in a timing run.
@@ -96,6 +115,7 @@ class Scale:
     own_tuning_seeds: tuple[int, ...] = (0,)
     names: tuple[str, ...] = tuple(EXPERIMENTS)
     on_second_data: tuple[str, ...] = ()
+    bf16: bool = False
     minutes: float = 1.0
     jobs: int = 1
     timed_steps: int = 15
@@ -172,7 +192,9 @@ SCALES = {
             "seeds. After a report on three seeds, all but the tables of residual rules went on to five. The claims "
             "about `both` and the controls were added later as well. The learning rate stayed that of the baselines "
             "on arithmetic. Runs from before that are still in the file. All are of commit cf36f65; four of them, "
-            "made again with later code, gave the same figures.",
+            "made again with later code, gave the same figures. Their ids were computed anew when what all runs have "
+            "in common became part of a run's identity. The settings that they stand for now are, one by one, those "
+            "that the programs of that commit resolve the published runs to; `former_id` is a run's id until then.",
         ),
         Scale(
             "gpu-hour",
@@ -182,6 +204,7 @@ SCALES = {
             learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
             data={"main": ARITHMETIC, "second": GSM8K},
             names=HEADLINE,
+            bf16=True,
             minutes=1.5,
         ),
         Scale(
@@ -191,6 +214,7 @@ SCALES = {
             layers=4,
             learning_rates=(1.5e-4, 3e-4, 6e-4),
             data={"main": META_MATH, "second": GSM8K},
+            bf16=True,
             minutes=17.0,
         ),
     )
@@ -212,18 +236,46 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What tells it from other runs: all that decides what it computes, but for what all have in common."""
-        arm = asdict(self.arm.model)
-        del arm["data"], arm["own_lr"], arm["depth"]
-        settings = {"kind": self.kind, "layers": self.scale.layers * self.arm.depth, **arm, **self.scale.shape}
-        if self.kind == "timing":
-            return settings | {"timed_steps": self.scale.timed_steps}
-        return settings | {"data": self.scale.data[self.arm.data].name, "lr": self.lr, "seed": self.seed}
+        """All that decides what it computes: every option of `examples/pretrain.py` but those of folders and of the
+        report at the end, so that no default of that program decides, and what it has no option for."""
+        arm, shape, data = self.arm.model, self.scale.shape, self.scale.data[self.arm.data]
+        settings = {
+            "kind": self.kind,
+            "variant": arm.variant,
+            "bf16": self.scale.bf16,
+            "cpu_kernel": CPU_KERNEL,
+            "data_set": data.name,
+            "split": data.split,
+            **data.options,
+            **COMMON_OPTIONS,
+            **shape,
+            "save_steps": shape["log_steps"],
+            "num_layers": self.scale.layers * arm.depth,
+            "num_experts": arm.experts,
+            "shared_experts": arm.shared_experts,
+            "top_k": arm.top_k,
+            "iterations": 1 if arm.variant == "held" else arm.iterations,  # it has one router, called once
+            "residual": arm.residual,
+            "shared_router": arm.shared_router,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
+        if self.kind == "train":
+            return settings
+        steps = self.scale.timed_steps
+        reference = Run(self.scale, REFERENCE, TIMING_RATE, self.seed)
+        return settings | {
+            "lr": TIMING_RATE,
+            "steps": WARM_UP + steps,
+            "timed_steps": steps,
+            "reference": reference.id,
+        }
 
     @cached_property
     def id(self) -> str:
-        """The run's identity."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        """The run's identity: a hash of its settings, and of the command, so that the two cannot part ways."""
+        identity = [self.settings, self.argv(output_dir="", data_root="{root}")]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
@@ -238,26 +290,18 @@ class Run:
         share = 0.12 if self.kind == "timing" else 1.0
         return 60 * self.scale.minutes * self.arm.relative_cost * share
 
+    def options(self, data_root: str) -> dict[str, Any]:
+        """The settings that are options of `examples/pretrain.py`, with the folder of the data."""
+        options = {name: value for name, value in self.settings.items() if name not in OWN_SETTINGS}
+        texts = {name: value.replace("{root}", data_root) for name, value in options.items() if isinstance(value, str)}
+        return options | texts
+
     def argv(self, output_dir: str, data_root: str) -> list[str]:
-        """The run as options of `examples/pretrain.py`, but for the variant."""
-        arm = self.arm.model
-        options = {
-            "output_dir": output_dir,
-            "seed": self.seed,
-            "lr": self.lr,
-            **COMMON_OPTIONS,
-            "num_layers": self.scale.layers * arm.depth,
-            "num_experts": arm.experts,
-            "shared_experts": arm.shared_experts,
-            "top_k": arm.top_k,
-            "iterations": 1 if arm.variant == "held" else arm.iterations,  # it has one router, called once
-            "residual": arm.residual,
-            "save_steps": self.scale.shape["log_steps"],
-            **self.scale.shape,
-            **{name: value.format(root=data_root) for name, value in self.scale.data[self.arm.data].options.items()},
-        }
-        flags = ["--shared-router"] if arm.shared_router else []
-        return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()] + flags
+        """The run as a command line of `examples/pretrain.py`, but for what that has no options for."""
+        options = {"output_dir": output_dir, **self.options(data_root)}
+        told = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        values = [f"{name}={value}" for name, value in told.items() if value is not None and type(value) is not bool]
+        return values + [name for name, value in told.items() if value is True]
 
     def to_json(self) -> str:
         """The run without its scale, for another process."""

@@ -38,10 +38,10 @@ from transformers.utils import logging
 
 from benchmarks.measure import Clock, alternate, describe_machine, spread
 from benchmarks.paper import results
-from benchmarks.paper.experiments import OFFICIAL, moe
-from benchmarks.paper.runs import COMMON_OPTIONS, SCALES, Run, Scale
+from benchmarks.paper.experiments import REFERENCE
+from benchmarks.paper.runs import SCALES, WARM_UP, Run
 from benchmarks.paper.variants import build_model, expert_flops_per_token
-from modeling_coe import CoeForCausalLM
+from modeling_coe import CoeForCausalLM, cpu_kernels
 from modeling_coe.diagnostics import measure_routing
 
 
@@ -50,30 +50,50 @@ sys.path.insert(0, str(ROOT / "examples"))
 import corpus  # noqa: E402
 import pretrain  # noqa: E402
 import report  # noqa: E402
+import run_folder  # noqa: E402
 import training  # noqa: E402
 
 
+# Files of this project that a run comes from: all that are imported here.
 SOURCES = (
-    *("configuration_coe/*.py", "modeling_coe/*.py", "benchmarks/paper/[vw]*.py"),
-    *(f"examples/{name}.py" for name in ("arithmetic", "corpus", "pretrain", "report", "training")),
+    *("configuration_coe/*.py", "modeling_coe/*.py", "benchmarks/measure.py"),
+    *(f"benchmarks/paper/{name}.py" for name in ("__init__", "experiments", "results", "runs", "variants")),
+    *(f"examples/{name}.py" for name in ("answers", "arithmetic", "corpus", "openmp", "pretrain", "report")),
+    *("benchmarks/paper/worker.py", "examples/run_folder.py", "examples/training.py"),
+    "examples/tasks/question_answer.py",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WARM_UP = 3  # steps of a timing that do not count
+
+
+def options_of(run: Run, output_dir: str, data_root: str) -> argparse.Namespace:
+    """The options of `examples/pretrain.py` that a run resolves to.
+
+    Raises:
+        ValueError: They are not the run's settings: something decides that is no part of its identity.
+    """
+    args = pretrain.parse_arguments(run.argv(output_dir, data_root))
+    resolved, settings = run_folder.settings_of(args), run.options(data_root)
+    resolved = {name: value for name, value in resolved.items() if name not in run_folder.REPORT_OPTIONS}
+    unlike = [name for name in resolved | settings if resolved.get(name) != settings.get(name)]
+    if unlike or resolved.keys() != settings.keys():
+        names = sorted({*unlike, *(resolved.keys() ^ settings.keys())})
+        raise ValueError(f"{run.label}: {', '.join(names)} are not those of `Run.settings`. Declare them there.")
+    return args
 
 
 class Inputs:
-    """Data, tokenizer and options of a run, for as many steps as are wanted."""
+    """Data, tokenizer and options of a run."""
 
-    def __init__(self, run: Run, output_dir: str, data_root: str, steps: int | None = None):
-        self.args = pretrain.parse_arguments(run.argv(output_dir, data_root))
-        self.args.steps = steps or self.args.steps
+    def __init__(self, run: Run, output_dir: str, data_root: str):
+        self.args, self.data_root = options_of(run, output_dir, data_root), data_root
+        self.bf16 = run.settings["bf16"]  # not what the machine can do
         texts = corpus.load_corpus(self.args)
         self.tokenizer = corpus.choose_tokenizer(self.args, texts)
         self.train, self.held_out = corpus.pack_corpus(self.args, texts, self.tokenizer)
 
     def model(self, run: Run) -> CoeForCausalLM:
         """A new model for these data: of the run they were made for, or of another."""
-        args = pretrain.parse_arguments(run.argv(str(self.args.output_dir), ""))
+        args = options_of(run, str(self.args.output_dir), self.data_root)
         set_seed(run.seed)
         return build_model(pretrain.build_config(args, self.tokenizer), run.arm.variant)
 
@@ -81,7 +101,7 @@ class Inputs:
         """A trainer that writes nothing: a run that is killed is short enough to be made again."""
         evaluates = "eval_dataset" in parts
         arguments = training.training_arguments(self.args, evaluate_first=evaluates)
-        arguments |= {"save_strategy": "no", "disable_tqdm": True}
+        arguments |= {"save_strategy": "no", "disable_tqdm": True, "bf16": self.bf16}
         if not evaluates:
             arguments["eval_strategy"] = "no"
         return Trainer(
@@ -201,10 +221,10 @@ def training_step(trainer: Trainer, ids: torch.Tensor) -> None:
 
 def time_steps(run: Run, data_root: str) -> dict[str, Any]:
     """Times training steps of an arm's model and of MoE(8/64), alternately, on the same tokens."""
-    clock, steps = Clock(DEVICE, torch.get_num_threads()), WARM_UP + run.scale.timed_steps
-    runs = {name: replace(run, arm=arm, lr=1e-4) for name, arm in (("arm", run.arm), ("reference", moe(OFFICIAL)))}
+    clock, steps = Clock(DEVICE, torch.get_num_threads()), run.settings["steps"]
+    runs = {"arm": run, "reference": replace(run, arm=REFERENCE)}
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Inputs(runs["arm"], folder, data_root, steps)
+        inputs = Inputs(run, folder, data_root)
         trainers = {name: inputs.trainer(inputs.model(of)) for name, of in runs.items()}
     batches = {name: iter(inputs.train.split(inputs.args.batch_size)) for name in runs}
     for trainer in trainers.values():
@@ -220,19 +240,16 @@ def time_steps(run: Run, data_root: str) -> dict[str, Any]:
     return {"seconds_per_step": samples, "ratio": spread(ratios)._asdict()}
 
 
-def code_fingerprint(scale: Scale) -> str:
-    """A short hash of the sources that a run depends on and of the options that all runs of a scale share, so that
-    runs of different code can be told apart."""
-    options = [COMMON_OPTIONS, {name: data.options for name, data in scale.data.items()}]
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+def code_fingerprint() -> str:
+    """A short hash of the sources that a run depends on, so that runs of different code can be told apart."""
+    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    files = [(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) for path in paths]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 
 def execute(run: Run, data_root: str) -> dict[str, Any]:
     """The run's line."""
-    began, code = time.perf_counter(), code_fingerprint(run.scale)
+    began, code = time.perf_counter(), code_fingerprint()
     outcome = (time_steps if run.kind == "timing" else train)(run, data_root)
     machine = argparse.Namespace(device=DEVICE, threads=torch.get_num_threads(), date=str(datetime.date.today()))
     return {
@@ -260,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     run = Run.from_json(SCALES[args.scale], args.run)
+    os.environ[cpu_kernels.VARIABLE] = run.settings["cpu_kernel"]
     results.append(results.path_of(args.scale, args.results), execute(run, args.data_root))
 
 
