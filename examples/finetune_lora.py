@@ -52,6 +52,7 @@ from peft import PeftModel, get_peft_model
 from report import held_out_table, report
 from run_folder import (
     InputError,
+    OptionParser,
     check_output_dir,
     check_positive,
     checkpoint_step,
@@ -76,9 +77,7 @@ from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked without data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OptionParser(__doc__.splitlines()[0])
     add_block_options(parser)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
