@@ -1,16 +1,4 @@
-# Copyright 2026 The CoE Transformers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """What a chain of experts is built on: the attention, rotary embedding and norms of a family of transformers."""
 
 from typing import NamedTuple
