@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from modeling_coe import CoeForCausalLM
 from modeling_coe.diagnostics import measure_routing
-from modeling_coe.plots import plot_load, plot_transitions
+from modeling_coe.diagnostics.plots import plot_load, plot_transitions
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -30,7 +30,7 @@ WORKING = {
     "evaluate": "--models @good --data @rows.jsonl --limit 1 --max-new-tokens 4 --device cpu",
     "coe-routing": "--out @out --device cpu",
 }
-MODULES = {"coe-routing": "modeling_coe.routing_cli"}
+MODULES = {"coe-routing": "modeling_coe.diagnostics.cli"}
 
 # By command: what is wrong with it, and words of its message: the name, its value, the remedy.
 CASES = {
@@ -412,7 +412,7 @@ def test_one_line_that_names_it(inputs, tmp_path, capsys, monkeypatch, script, w
             "error: the following arguments are required: --model. `--help` tells what every option takes.",
         ),
         (
-            ["-m", "modeling_coe.routing_cli"],
+            ["-m", "modeling_coe.diagnostics.cli"],
             "model rows.jsonl --out out --tokens 0",
             "error: --tokens is 0; it must be 1 or more.",
         ),

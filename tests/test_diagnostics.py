@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import RoutingCallback
 from modeling_coe.diagnostics import RoutingStatistics, measure_routing, record_routing, routing_stability
-from modeling_coe.plots import plot_load, plot_training, plot_transitions
+from modeling_coe.diagnostics.cli import main
+from modeling_coe.diagnostics.plots import plot_load, plot_training, plot_transitions
 from modeling_coe.releases import CHECKPOINTING
-from modeling_coe.routing_cli import main
 
 from .diagnostics_worker import MIXED, trainer
 from .helpers import (
@@ -506,7 +506,7 @@ def test_callback_changes_nothing_but_the_log(tmp_path):
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "modeling_coe.callbacks"]
+    return [record.message for record in caplog.records if record.name == "modeling_coe.diagnostics.callbacks"]
 
 
 def test_callback_warns_once_when_experts_die_and_routing_collapses(tmp_path, caplog):
@@ -677,7 +677,7 @@ def test_command_from_the_shell(saved, rows, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
     options = ["--column", "question", "--column", "answer", "--batch-size", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["coe-routing", str(saved), str(rows), "--out", str(out), *options])
-    runpy.run_module("modeling_coe.routing_cli", run_name="__main__")
+    runpy.run_module("modeling_coe.diagnostics.cli", run_name="__main__")
     written = json.loads((out / "routing.json").read_text())
     assert (written.pop("model"), written.pop("data")) == (str(saved), str(rows))
     assert_same(written, expected_summary([ids_of(row) for row in ROWS]))

@@ -44,7 +44,7 @@ import training  # noqa: E402
 
 # Files of this project that a run comes from: all that are imported here.
 SOURCES = (
-    *("configuration_coe/*.py", "modeling_coe/*.py", "benchmarks/measure.py"),
+    *("configuration_coe/*.py", "modeling_coe/**/*.py", "benchmarks/measure.py"),
     *(f"benchmarks/paper/{name}.py" for name in ("__init__", "experiments", "results", "runs", "variants")),
     *(f"examples/{name}.py" for name in ("answers", "arithmetic", "corpus", "openmp", "pretrain", "report")),
     *("benchmarks/paper/worker.py", "examples/run_folder.py", "examples/training.py"),

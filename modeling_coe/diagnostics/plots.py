@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .diagnostics import LayerRouting, RoutingStatistics
+from .statistics import LayerRouting, RoutingStatistics
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

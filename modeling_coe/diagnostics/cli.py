@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""Command line of `coe-routing`, which `python -m modeling_coe.routing_cli` runs too."""
+"""Command line of `coe-routing`, which `python -m modeling_coe.diagnostics.cli` runs too."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .configuration_coe import CoeConfig
-from .diagnostics import Batch, measure_routing
+from ..configuration_coe import CoeConfig
+from .recording import Batch, measure_routing
 
 
 class InputError(ValueError):
