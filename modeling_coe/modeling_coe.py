@@ -64,17 +64,13 @@ from transformers.utils.output_capturing import (
 
 from .backbones import BACKBONES
 from .balancing import balancing_losses, label_token_share, packed_sequences, router_scores
-from .checkpoint import (
-    check_chain_keys,
-    fuse_expert_weights,
-    read_keys,
-    rename_iteration_scale,
-    staged_directory,
-)
+from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
 from .releases import CACHE, slice_logits_to_keep, takes_cache
+from .staging import staged_directory
+from .state_dict import fuse_expert_weights, rename_iteration_scale
 
 
 logger = logging.get_logger(__name__)

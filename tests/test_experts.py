@@ -19,6 +19,7 @@ from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_coe import experts as experts_module
+from modeling_coe import grouped_experts
 from modeling_coe.experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from modeling_coe.modeling_coe import CoeDecoderLayer, CoeExperts
 
@@ -255,9 +256,9 @@ class TestAgainstTheLoop:
         experts = make_experts(7)
         calls = [make_call(experts, 11, sentinels=True) for _ in range(3)]
         whole = shared_results(experts, calls)
-        monkeypatch.setattr(experts_module, "_CACHED_BYTES", cached_bytes)
-        monkeypatch.setattr(experts_module, "_SMALL_BYTES", 0)
-        blocks = list(experts_module._blocks(torch.tensor([4, 0, 0, 1, 3, 2, 0]), 128))
+        monkeypatch.setattr(grouped_experts, "_CACHED_BYTES", cached_bytes)
+        monkeypatch.setattr(grouped_experts, "SMALL_BYTES", 0)
+        blocks = list(grouped_experts._blocks(torch.tensor([4, 0, 0, 1, 3, 2, 0]), 128))
         assert len(blocks) == {0: 4, 300: 4, 900: 2}[cached_bytes]
         assert_computes(experts, calls)
         assert_close(shared_results(experts, calls), whole, 1e-12)
@@ -466,7 +467,7 @@ class TestSharing:
             getattr(experts, name).requires_grad_(False)
         assert_computes(experts, calls)
         if len(frozen) == 2:
-            monkeypatch.setattr(experts_module._PendingGradients, "add", None)
+            monkeypatch.setattr(grouped_experts._PendingGradients, "add", None)
             shared_results(experts, calls)
 
     @pytest.mark.parametrize("fixed", [["tokens"], ["top_k_weights"], ["tokens", "top_k_weights"]], ids=str)
@@ -707,7 +708,7 @@ class TestHugePages:
     @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
     def test_large_tensors(self, dtype):
         like = torch.empty((5, 2**12, 2**10), dtype=dtype)
-        tensor = experts_module._empty_in_huge_pages(like)
+        tensor = grouped_experts._empty_in_huge_pages(like)
         assert tensor.shape == like.shape and tensor.dtype == dtype and tensor.is_contiguous()
         assert tensor.data_ptr() % 2**21 == 0
         tensor.fill_(2)
@@ -719,7 +720,7 @@ class TestHugePages:
     def test_small_tensors_are_torchs(self, monkeypatch):
         monkeypatch.setattr(mmap, "mmap", None)
         for like in (torch.empty(0, 4, 5), torch.empty(3, 4, 5, dtype=torch.float16)):
-            tensor = experts_module._empty_in_huge_pages(like)
+            tensor = grouped_experts._empty_in_huge_pages(like)
             assert tensor.shape == like.shape and tensor.dtype == like.dtype
 
     @pytest.mark.parametrize("missing", ["constant", "support"])
@@ -733,7 +734,7 @@ class TestHugePages:
         else:
             monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
             monkeypatch.setattr(mmap, "mmap", Memory)
-        tensor = experts_module._empty_in_huge_pages(torch.empty(3, 2**11, 2**11)).fill_(1)
+        tensor = grouped_experts._empty_in_huge_pages(torch.empty(3, 2**11, 2**11)).fill_(1)
         assert tensor.shape == (3, 2**11, 2**11) and tensor[-1, -1, -1] == 1
 
     def test_as_gradients(self):

@@ -1,0 +1,391 @@
+# Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
+"""Grouped expert computation on the CPU, built for a chain that calls the same experts C times.
+
+Rows (one for each token and chosen expert) are sorted by expert, and every expert multiplies its rows in one go,
+straight from the stored weights, by the kernel that `cpu_kernels.py` chooses. What the C calls of a layer share is
+[`ExpertWeights`]: their weight gradients are computed together, after the backward of all of them, so that a chain
+holds one gradient per weight where separate calls would hold, and add up, C of them.
+
+Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R rows.
+"""
+
+import functools
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+from transformers.utils.generic import maybe_autocast
+
+
+SMALL_BYTES = 2**25  # as much memory may be taken twice, and comes from what malloc keeps
+_CACHED_BYTES = 2**21  # what a core's caches hold on most processors
+
+
+def compute_experts(
+    tokens: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: "ExpertWeights",
+    act_fn: Callable,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts.
+
+    Args:
+        tokens (`torch.Tensor`): (T, H), in the dtype of the expert weights.
+        top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
+        top_k_weights (`torch.Tensor`): (T, K) routing weights.
+        weights (`ExpertWeights`): Of the layer, shared by the calls of a chain.
+        act_fn (`Callable`): Activation of the gate.
+
+    Returns:
+        `torch.Tensor`: (T, H), float32 or the wider dtype of the routing weights.
+    """
+    if torch.is_grad_enabled():
+        return _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, top_k_index, weights, act_fn)
+    compute = _one_token if len(tokens) == 1 else _without_gradient
+    return compute(tokens, top_k_index, top_k_weights, weights, act_fn)
+
+
+class _Rows(NamedTuple):
+    """The rows, sorted by expert: one for each token and expert chosen for it."""
+
+    choice: torch.Tensor  # (R,) which of the T * K choices a row is
+    token: torch.Tensor  # (R,) whose
+    slot: torch.Tensor  # (T, K) the row of a choice; R where another rank computes it
+    counts: torch.Tensor  # (N,) rows of each expert
+
+    @classmethod
+    def sort(cls, top_k_index: torch.Tensor, num_experts: int) -> "_Rows":
+        sorted_index, choice = top_k_index.reshape(-1).sort(stable=True)
+        counts = torch.bincount(sorted_index, minlength=num_experts)
+        slot = torch.empty_like(choice)
+        if len(counts) > num_experts:  # another rank's, sorted to the end
+            counts = counts[:num_experts]
+            num_rows = int(counts.sum())
+            slot.fill_(num_rows)
+            choice = choice[:num_rows]
+        slot[choice] = torch.arange(len(choice), device=choice.device)
+        return cls(choice, choice // top_k_index.shape[1], slot.view_as(top_k_index), counts)
+
+    @property
+    def load(self) -> float:
+        """Rows per expert, of the shape and not of the routing."""
+        return self.slot.numel() / self.counts.shape[0]
+
+    def blocks(self, gate_up_proj: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+        """Ranges of experts, and of their rows, so few that what lies between two products stays in the cache."""
+        return _blocks(self.counts, gate_up_proj.shape[1] * gate_up_proj.itemsize)
+
+
+def grouped_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_product`]."""
+    return _kernels()[0](*args)
+
+
+def grouped_outer_product(*args) -> torch.Tensor:
+    """[`cpu_kernels.grouped_outer_product`]."""
+    return _kernels()[1](*args)
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    # Imported by the first call, so that `python -m modeling_coe.cpu_kernels` runs a module not imported before.
+    from .cpu_kernels import grouped_outer_product, grouped_product
+
+    return grouped_product, grouped_outer_product
+
+
+def _first_order(backward: Callable) -> Callable:
+    """Marks the backward of an autograd function that has no backward of its own, and that autocast leaves alone."""
+
+    @functools.wraps(backward)
+    def checked_backward(ctx: FunctionCtx, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "`grouped_mm` experts on the CPU have no second derivative (`create_graph=True`). "
+                'Choose `experts_implementation="torch_grouped_mm"`, "batched_mm" or "eager".'
+            )
+        with maybe_autocast("cpu", enabled=False):
+            return backward(ctx, grad_output)
+
+    return checked_backward
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Weighted sum (T, H) of each token's experts. The weights' gradients are left to [`ExpertWeights`]."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        tokens: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        anchor: torch.Tensor | None,
+        top_k_index: torch.Tensor,
+        weights: "ExpertWeights",
+        act_fn: Callable,
+    ) -> torch.Tensor:
+        rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
+        gate_up, outputs = _mlp(tokens, rows, weights, act_fn)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(tokens, top_k_weights, weights.gate_up_proj, weights.down_proj, *rows, *gate_up)
+            ctx.gradients, ctx.act_fn = weights.gradients, act_fn
+        return _sum_rows(outputs, rows.slot, top_k_weights)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens, top_k_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
+        rows, blocks = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
+        grad_output = grad_output.to(tokens.dtype)
+        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
+        grad_row_weights = torch.empty_like(row_weights)
+        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])
+        inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # the input of the down projection
+        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
+            gate, up = gate_up.chunk(2, dim=-1)
+            with torch.enable_grad():
+                gate = gate.detach().contiguous().requires_grad_()
+                act = ctx.act_fn(gate)
+            torch.mul(act.detach(), up, out=inner[block])
+
+            # With w the weight of a row, its share of the output is w * down(inner).
+            inputs = grad_output.index_select(0, rows.token[block])
+            grad_inner = grouped_product(inputs, down_proj[experts], rows.counts[experts], rows.load)
+            if ctx.needs_input_grad[1]:
+                factors = (tensor.to(row_weights.dtype) for tensor in (grad_inner, inner[block]))
+                grad_row_weights[block, 0] = torch.linalg.vecdot(*factors)
+            block_weights = row_weights[block].to(inner.dtype)
+            grad_inner.mul_(block_weights)
+            inner[block].mul_(block_weights)
+
+            grad_gate, grad_up = grad_gate_up[block].chunk(2, dim=-1)
+            torch.mul(grad_inner, act.detach(), out=grad_up)
+            grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
+        if ctx.needs_input_grad[2]:
+            ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
+        grad_tokens = grad_top_k_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grouped_product(grad_gate_up, gate_up_proj, rows.counts, rows.load)
+            grad_tokens = _sum_rows(grad_rows, rows.slot).to(tokens.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_top_k_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format)
+            grad_top_k_weights.view(-1)[rows.choice] = grad_row_weights[:, 0]
+        return grad_tokens, grad_top_k_weights, None, None, None, None
+
+
+def _mlp(
+    tokens: torch.Tensor, rows: _Rows, weights: "ExpertWeights", act_fn: Callable
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gate and up (rows, 2I) of each block, and the output (R, H) of each row's expert."""
+    gate_up, outputs = [], []
+    for experts, block in rows.blocks(weights.gate_up_proj):
+        inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
+        gate_up.append(grouped_product(inputs, weights.gate_up_proj[experts].mT, counts, rows.load))
+        gate, up = gate_up[-1].chunk(2, dim=-1)
+        # Rows with gaps between them would cost an activation more than this copy.
+        outputs.append(
+            grouped_product(act_fn(gate.contiguous()) * up, weights.down_proj[experts].mT, counts, rows.load)
+        )
+    return gate_up, outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _without_gradient(
+    tokens: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: "ExpertWeights",
+    act_fn: Callable,
+) -> torch.Tensor:
+    rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
+    return _sum_rows(_mlp(tokens, rows, weights, act_fn)[1], rows.slot, top_k_weights)
+
+
+def _sum_rows(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums the rows (R, H) of each token's choices, `slot` (T, K), with their `weights` (T, K): (T, H), in float32 or
+    the wider dtype of the two."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if weights is not None:
+        dtype = torch.promote_types(dtype, weights.dtype)
+        weights = weights.to(dtype)
+    values = values.to(dtype)
+    if slot.numel() > len(values):  # choices that another rank computes
+        if weights is not None:
+            weights = weights.masked_fill(slot == len(values), 0)
+        values = torch.cat((values, values.new_zeros(1, values.shape[1])))
+    return F.embedding_bag(slot, values, mode="sum", per_sample_weights=weights)
+
+
+def _one_token(
+    token: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: "ExpertWeights",
+    act_fn: Callable,
+) -> torch.Tensor:
+    """A single token (1, H) without gradient: reads the weights of its experts once, and nothing else."""
+    gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
+    slots, experts = [], []
+    for slot, expert in enumerate(top_k_index[0].tolist()):
+        if expert < len(gate_up_proj):
+            slots.append(slot)
+            experts.append(expert)
+    gate_up = token.new_empty(len(experts), gate_up_proj.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(gate_up_proj[expert], token[0], out=gate_up[row])
+    gate, up = gate_up.chunk(2, dim=-1)
+    inner = act_fn(gate) * up
+    outputs = token.new_empty(len(experts), token.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(down_proj[expert], inner[row], out=outputs[row])
+    return (outputs * top_k_weights[0, slots].unsqueeze(-1)).sum(dim=0, keepdim=True)
+
+
+class _Factors(NamedTuple):
+    """What one call leaves for the gradient of a weight: the two sides of an outer product for each of its rows."""
+
+    rows: _Rows
+    by_row: torch.Tensor  # (R, width)
+    by_token: torch.Tensor  # (T, width)
+
+    def block(self, experts: slice) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Both sides for a range of experts, (rows, width) each, and how many rows each expert has."""
+        counts = self.rows.counts.tolist()
+        start, sizes = sum(counts[: experts.start]), counts[experts]
+        block = slice(start, start + sum(sizes))
+        return self.by_row[block], self.by_token.index_select(0, self.rows.token[block]), sizes
+
+
+class _PendingGradients:
+    """What the calls of a layer's experts have left, in one backward pass, for the gradients of the weights."""
+
+    def __init__(self):
+        self.gate_up: list[_Factors] = []  # output gradients by row, inputs by token
+        self.down: list[_Factors] = []  # inputs by row, output gradients by token
+        self.backward_pass: int | None = None
+
+    def add(self, gate_up: _Factors, down: _Factors) -> None:
+        # A pass that ended before it reached the weights (for the gradient of an activation, say) left its factors.
+        backward_pass = torch._C._current_graph_task_id()
+        if backward_pass != self.backward_pass:
+            self.clear()
+            self.backward_pass = backward_pass
+        self.gate_up.append(gate_up)
+        self.down.append(down)
+
+    def clear(self) -> None:
+        self.gate_up.clear()
+        self.down.clear()
+
+
+class ExpertWeights:
+    """The expert weights of one layer in one forward pass.
+
+    `anchor` is an empty tensor that depends on the weights. Every call takes it, so that autograd reaches the weights
+    once, after the backward of all calls.
+    """
+
+    def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.gradients = _PendingGradients()
+        self.anchor = None
+        if torch.is_grad_enabled():
+            self.anchor = _WeightGradients.apply(gate_up_proj, down_proj, self.gradients)
+
+
+class _WeightGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, gradients: _PendingGradients
+    ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradients = gradients
+        # Not the weights themselves: a merged adapter's would live as long as the graph.
+        ctx.like = [weight.new_empty(weight.shape, device="meta") for weight in (gate_up_proj, down_proj)]
+        return gate_up_proj.new_empty(0)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: FunctionCtx, _: None) -> tuple[torch.Tensor | None, ...]:
+        gradients, grad_gate_up_proj, grad_down_proj = ctx.gradients, None, None
+        if gradients.backward_pass == torch._C._current_graph_task_id():
+            if ctx.needs_input_grad[0]:
+                grad_gate_up_proj = _weight_gradient(gradients.gate_up, ctx.like[0], rows_first=True)
+            gradients.gate_up.clear()  # frees them before the other gradient takes memory
+            if ctx.needs_input_grad[1]:
+                grad_down_proj = _weight_gradient(gradients.down, ctx.like[1], rows_first=False)
+        gradients.clear()
+        return grad_gate_up_proj, grad_down_proj, None
+
+
+def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool) -> torch.Tensor:
+    """Sum over the rows of all calls, by row times by token, or the other way round, for each expert.
+
+    Args:
+        calls (`list[_Factors]`): What the calls have left, one or more.
+        like (`torch.Tensor`): Of the shape (N, by row, by token), or (N, by token, by row), and dtype of the result.
+        rows_first (`bool`): Which of the two.
+    """
+    counts, load = sum(call.rows.counts for call in calls), sum(call.rows.load for call in calls)
+    row_width, matrix_size = sum(like.shape[1:]), math.prod(like.shape[1:])
+    row_bytes = row_width * like.itemsize
+
+    if len(calls) > 1 and load / len(calls) * row_width > matrix_size:
+        # Adding up the gradients of the calls moves fewer bytes than joining their rows.
+        gradient = _weight_gradient(calls[:1], like, rows_first)
+        for call in calls[1:]:
+            gradient += _weight_gradient([call], like, rows_first)
+        return gradient
+
+    def both_sides(experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        *sides, sizes = zip(*(call.block(experts) for call in calls), strict=True)
+        by_row, by_token = (side[0] if len(side) == 1 else _interleave(side, sizes) for side in sides)
+        return (by_row, by_token) if rows_first else (by_token, by_row)
+
+    if like.nbytes + load * len(counts) * row_bytes < SMALL_BYTES:
+        return grouped_outer_product(*both_sides(slice(0, len(counts))), counts, load)
+    out = _empty_in_huge_pages(like)
+    for experts, _ in _blocks(counts, row_bytes):
+        grouped_outer_product(*both_sides(experts), counts[experts], load, out[experts])
+    return out
+
+
+def _interleave(parts: Sequence[torch.Tensor], sizes: Sequence[list[int]]) -> torch.Tensor:
+    """The rows of all parts by expert: of each part those of expert 0, then those of expert 1."""
+    split = [part.split(counts) for part, counts in zip(parts, sizes, strict=True)]
+    return torch.cat([rows for expert in zip(*split, strict=True) for rows in expert])
+
+
+def _blocks(counts: torch.Tensor, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of experts, and of their rows: as many rows as stay in the cache, or those of one expert."""
+    sizes, first, start, end = counts.tolist(), 0, 0, 0
+    if sum(sizes) * row_bytes <= _CACHED_BYTES:
+        yield slice(0, len(sizes)), slice(0, sum(sizes))
+        return
+    for expert, count in enumerate(sizes):
+        if count and end > start and (end + count - start) * row_bytes > _CACHED_BYTES:
+            yield slice(first, expert), slice(start, end)
+            first, start = expert, end
+        end += count
+    yield slice(first, len(sizes)), slice(start, end)
+
+
+def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor of the shape and dtype of another, in pages of 2 MiB where the system has them.
+
+    Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
+    costs nearly as much as computing what goes in.
+    """
+    # What is smaller comes from memory that malloc keeps, touched before.
+    if like.nbytes < SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(like.shape, dtype=like.dtype)
+    memory = mmap.mmap(-1, like.nbytes + 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return torch.empty(like.shape, dtype=like.dtype)
+    address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % 2**21).view_as(like)
