@@ -2,9 +2,9 @@
 """Conversion of mixtures of experts to Chain-of-Experts models with the same function, and back."""
 
 from .checkpoint import ConversionError
-from .core import convert
-from .mapping import plan_conversion
+from .converter import convert
 from .plan import Options, Plan
+from .planner import plan_conversion
 from .report import describe
 
 

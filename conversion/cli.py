@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from .checkpoint import ConversionError
-from .core import convert, find_source
+from .converter import convert, find_source
 from .families import FAMILIES
-from .mapping import plan_conversion
 from .plan import Options
+from .planner import plan_conversion
 from .report import describe
 
 

@@ -21,8 +21,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-import conversion.core as converter
-from conversion import ConversionError, Options, checkpoint, convert, describe, plan_conversion
+from conversion import ConversionError, Options, checkpoint, convert, converter, describe, plan_conversion
 from conversion.checkpoint import Checkpoint
 from conversion.cli import main
 from conversion.families import FAMILIES

@@ -37,8 +37,8 @@ from .checkpoint import (
     write_index,
     write_shard,
 )
-from .mapping import plan_conversion
 from .plan import Options, Output, Plan
+from .planner import plan_conversion
 from .report import make_report, write_card, write_report
 from .verify import Verification, compare, make_batch
 
