@@ -1,6 +1,6 @@
 """Configuration of Chain-of-Experts models."""
 
-from .configuration_coe import CoeConfig
+from .configuration_coe import BACKBONES, RESIDUAL_RULES, Backbone, CoeConfig
 
 
-__all__ = ["CoeConfig"]
+__all__ = ["BACKBONES", "RESIDUAL_RULES", "Backbone", "CoeConfig"]

@@ -3,7 +3,7 @@
 
 import copy
 from math import comb, prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -26,22 +26,63 @@ SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 UPCYCLINGS = ("refine", "split")
 
-# The families whose attention, rotary embedding and norms a chain can be built on, and whose plans they keep.
-BACKBONES: dict[str, type[PreTrainedConfig]] = {
-    "deepseek_v2": DeepseekV2Config,
-    "deepseek_v3": DeepseekV3Config,
-    "qwen2_moe": Qwen2MoeConfig,
-    "qwen3_moe": Qwen3MoeConfig,
-    "olmoe": OlmoeConfig,
-    "mixtral": MixtralConfig,
-    "llama": LlamaConfig,
-    "qwen3": Qwen3Config,
+
+class Backbone(NamedTuple):
+    """A family whose attention, rotary embedding and norms a chain can be built on, and whose plans it keeps.
+
+    Args:
+        config_class: Its configuration in transformers.
+        has_latent_attention: Multi-head latent attention: the sizes of `LATENT_SIZES` are its own.
+        has_window_by_layer: Its attention asks whether its layer has a sliding window; the others' have one in all
+            layers or in none.
+        bias: Field that gives queries, keys and values a bias.
+        bias_covers_output: Whether the output projection has one too.
+        query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses.
+        gates_shared_experts: By a sigmoid of the token.
+        normalizes_single_expert: With one expert per token, `norm_topk_prob` makes its weight 1 or leaves it.
+    """
+
+    config_class: type[PreTrainedConfig]
+    has_latent_attention: bool = False
+    has_window_by_layer: bool = False
+    bias: str | None = "attention_bias"
+    bias_covers_output: bool = True
+    query_key_norms: Literal["all heads", "each head"] | None = None
+    gates_shared_experts: bool = False
+    normalizes_single_expert: bool = True
+
+
+BACKBONES = {
+    "deepseek_v2": Backbone(DeepseekV2Config, has_latent_attention=True, normalizes_single_expert=False),
+    "deepseek_v3": Backbone(DeepseekV3Config, has_latent_attention=True),
+    "qwen2_moe": Backbone(
+        Qwen2MoeConfig,
+        has_window_by_layer=True,
+        bias="qkv_bias",
+        bias_covers_output=False,
+        gates_shared_experts=True,
+    ),
+    "qwen3_moe": Backbone(Qwen3MoeConfig, query_key_norms="each head"),
+    "olmoe": Backbone(OlmoeConfig, query_key_norms="all heads"),
+    "mixtral": Backbone(MixtralConfig, bias=None),
+    "llama": Backbone(LlamaConfig),
+    "qwen3": Backbone(Qwen3Config, has_window_by_layer=True, query_key_norms="each head"),
 }
-_LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
-# Their attention asks whether its layer has a sliding window; the others' have one in all layers or in none.
-_WINDOW_BY_LAYER = ("qwen2_moe", "qwen3")
+# Sizes of latent attention. Where there is none they are None: engines read `kv_lora_rank` as the sign of it.
+LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim")
 
 ResidualRule = Literal["inner", "outer", "both", "init", "prenorm", "none", "refine", "split"]
+# The rules by the fields that select them, where these differ from their defaults. `CoeConfig` has the equations.
+RESIDUAL_RULES: dict[ResidualRule, dict[str, bool | str]] = {
+    "inner": {},
+    "outer": {"inner_residual": False, "outer_residual": True},
+    "both": {"outer_residual": True},
+    "init": {"inner_residual": False, "init_residual": True},
+    "prenorm": {"prenorm_residual": True},
+    "none": {"inner_residual": False},
+    "refine": {"upcycling": "refine"},
+    "split": {"upcycling": "split"},
+}
 
 
 @strict
@@ -192,6 +233,10 @@ class CoeConfig(DeepseekV2Config):
     n_routed_experts: int | None = 64
     n_shared_experts: int | None = 1
     shared_expert_intermediate_size: int | None = None
+    kv_lora_rank: int | None = 512
+    qk_nope_head_dim: int | None = 128
+    qk_rope_head_dim: int | None = 64
+    v_head_dim: int | None = 128
     num_experts_per_tok: int | None = 4
     moe_layer_freq: int = 1
     mlp_only_layers: list[int] | None = None
@@ -221,16 +266,21 @@ class CoeConfig(DeepseekV2Config):
             kwargs["rope_scaling"] = copy.deepcopy(kwargs["rope_scaling"])
         if self.backbone not in BACKBONES:
             raise ValueError(f"`backbone` is {self.backbone!r}; choose one of {tuple(BACKBONES)}.")
-        if self.backbone in _LATENT_ATTENTION or self.num_key_value_heads is None:
+        backbone = BACKBONES[self.backbone]
+        if backbone.has_latent_attention or self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.backbone in _WINDOW_BY_LAYER and kwargs.get("layer_types") is None:
+        if backbone.has_window_by_layer and kwargs.get("layer_types") is None:
             kwargs["layer_types"] = ["full_attention"] * self.num_hidden_layers
         head_dim = self.head_dim
-        super().__post_init__(**kwargs)
-        if self.backbone not in _LATENT_ATTENTION:
-            # What the parent sets for latent attention, and shared code reads as the sign of it.
+        if backbone.has_latent_attention:
+            self._check_latent_sizes()
+            super().__post_init__(**kwargs)
+        else:
+            self.qk_nope_head_dim = self.qk_rope_head_dim = 0  # the parent computes with them
+            super().__post_init__(**kwargs)
             self.head_dim = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
-            self.qk_head_dim = None
+            for name in LATENT_SIZES:
+                setattr(self, name, None)
         self.validate_chain()
         self.validate_routing()
         self._complete_plans()
@@ -239,11 +289,11 @@ class CoeConfig(DeepseekV2Config):
         """Adds the backbone's attention to the plans of parallelism, and takes from them what this model lacks."""
         attention_plan = {
             module: style
-            for module, style in (BACKBONES[self.backbone].base_model_tp_plan or {}).items()
+            for module, style in (BACKBONES[self.backbone].config_class.base_model_tp_plan or {}).items()
             if ".self_attn." in module
         }
         missing = []
-        if self.backbone in _LATENT_ATTENTION:
+        if BACKBONES[self.backbone].has_latent_attention:
             missing.append("q_b_proj" if self.q_lora_rank is None else "q_proj")
         if not self.num_sparse_layers:
             missing.append("mlp.experts")
@@ -274,7 +324,7 @@ class CoeConfig(DeepseekV2Config):
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
         `@strict` validation."""
-        if self.backbone not in _LATENT_ATTENTION:
+        if not BACKBONES[self.backbone].has_latent_attention:
             _at_least(self, 1, "head_dim", "num_key_value_heads")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
@@ -282,6 +332,7 @@ class CoeConfig(DeepseekV2Config):
                     f"{self.num_key_value_heads}`. Set `num_key_value_heads` to a divisor."
                 )
             return
+        self._check_latent_sizes()
         for name, source, value in (
             ("num_key_value_heads", "num_attention_heads", self.num_attention_heads),
             ("head_dim", "qk_rope_head_dim", self.qk_rope_head_dim),
@@ -292,6 +343,9 @@ class CoeConfig(DeepseekV2Config):
                     f"`{name}` is {getattr(self, name)}, but `{source}` is {value}: it was changed after "
                     f"construction. Set `{name}` to {value} too."
                 )
+
+    def _check_latent_sizes(self) -> None:
+        _at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
     def validate_chain(self) -> None:
         """Raises `ValueError` where the fields of the chain exclude each other. Part of `@strict` validation."""
@@ -379,18 +433,9 @@ class CoeConfig(DeepseekV2Config):
     @property
     def residual_rule(self) -> ResidualRule:
         """Name of the residual rule that the flags and `upcycling` select (see the table of the class)."""
-        if self.upcycling is not None:
-            return self.upcycling
-        if self.prenorm_residual:
-            return "prenorm"
-        if self.init_residual:
-            return "init"
-        return {
-            (True, False): "inner",
-            (False, True): "outer",
-            (True, True): "both",
-            (False, False): "none",
-        }[self.inner_residual, self.outer_residual]
+        flags = ("inner_residual", "outer_residual", "init_residual", "prenorm_residual", "upcycling")
+        fields = {name: value for name in flags if (value := getattr(self, name)) != getattr(CoeConfig, name)}
+        return next((rule for rule, selecting in RESIDUAL_RULES.items() if selecting == fields))
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` holds experts rather than a dense MLP."""
@@ -489,8 +534,9 @@ class CoeConfig(DeepseekV2Config):
 
     @property
     def _attention_parameters(self) -> int:
-        hidden, heads, bias = self.hidden_size, self.num_attention_heads, int(self.attention_bias)
-        if self.backbone in _LATENT_ATTENTION:
+        hidden, heads, backbone = self.hidden_size, self.num_attention_heads, BACKBONES[self.backbone]
+        bias = int(backbone.bias is not None and getattr(self, backbone.bias))
+        if backbone.has_latent_attention:
             kv_out = self.kv_lora_rank + self.qk_rope_head_dim
             parameters = hidden * kv_out + bias * kv_out + self.kv_lora_rank
             parameters += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -499,16 +545,9 @@ class CoeConfig(DeepseekV2Config):
                 return parameters + hidden * heads * self.qk_head_dim
             return parameters + (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
         query, key = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        parameters = 2 * hidden * (query + key)
-        if self.backbone == "qwen2_moe":
-            parameters += int(self.qkv_bias) * (query + 2 * key)
-        elif self.backbone != "mixtral":
-            parameters += bias * (query + 2 * key + hidden)
-        if self.backbone == "olmoe":
-            parameters += query + key  # norms of queries and keys
-        elif self.backbone in ("qwen3_moe", "qwen3"):
-            parameters += 2 * self.head_dim
-        return parameters
+        norms = {None: 0, "all heads": query + key, "each head": 2 * self.head_dim}[backbone.query_key_norms]
+        biases = bias * (query + 2 * key + (hidden if backbone.bias_covers_output else 0))
+        return 2 * hidden * (query + key) + biases + norms
 
     @property
     def _dense_parameters(self) -> int:
@@ -527,7 +566,8 @@ class CoeConfig(DeepseekV2Config):
             iterations = self.num_iterations(layer_idx)
             parameters += (iterations if self.use_igate else 1) * self.n_routed_experts * hidden
             if self.shared_expert_width:
-                parameters += mlp(self.shared_expert_width) + (hidden if self.backbone == "qwen2_moe" else 0)
+                parameters += mlp(self.shared_expert_width)
+                parameters += hidden if BACKBONES[self.backbone].gates_shared_experts else 0
             if self.upcycling is not None:
                 parameters += (iterations - 1) * hidden
         return parameters
@@ -540,4 +580,4 @@ def _at_least(config: CoeConfig, minimum: int, *names: str) -> None:
             raise ValueError(f"`{name}` is {value}; it must be {minimum} or more.")
 
 
-__all__ = ["CoeConfig"]
+__all__ = ["BACKBONES", "RESIDUAL_RULES", "Backbone", "CoeConfig"]

@@ -70,16 +70,12 @@ from transformers import (
     set_seed,
 )
 
-from modeling_coe import CoeConfig, CoeForCausalLM
+from configuration_coe import RESIDUAL_RULES, CoeConfig
+from modeling_coe import CoeForCausalLM
 
 
-RESIDUAL_FLAGS = {
-    "inner": {},
-    "outer": {"inner_residual": False, "outer_residual": True},
-    "both": {"outer_residual": True},
-    "init": {"inner_residual": False, "init_residual": True},
-    "prenorm": {"prenorm_residual": True},
-}
+# The rules of new chains; the others are for converted models, and `none` for comparison with the official code.
+RESIDUALS = ("inner", "outer", "both", "init", "prenorm")
 # Options that a given model answers.
 SHAPE_OPTIONS = (
     *("tokenizer", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "shared_experts"),
@@ -108,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--expert-width", type=int, default=64, help="of one expert (moe_intermediate_size)")
     model.add_argument("--top-k", type=int, default=2, help="experts per token and iteration (num_experts_per_tok)")
     model.add_argument("--iterations", type=int, default=2, help="length of the chain (inner_iter)")
-    model.add_argument("--residual", choices=sorted(RESIDUAL_FLAGS), default="inner", help="rule of the chain")
+    model.add_argument("--residual", choices=sorted(RESIDUALS), default="inner", help="rule of the chain")
     model.add_argument("--shared-router", action="store_true", help="one router for all iterations (use_igate=False)")
     model.add_argument("--aux-loss", type=float, default=0.001, help="weight of the balancing loss (aux_loss_alpha)")
     model.add_argument("--init-range", type=float, help="initializer_range; sqrt(2 / (5 hidden_size)) if not given")
@@ -177,7 +173,7 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
-        return CoeConfig(**fields, **RESIDUAL_FLAGS[args.residual])
+        return CoeConfig(**fields, **RESIDUAL_RULES[args.residual])
     except (ValueError, StrictDataclassError) as error:
         raise InputError(f"{one_line(error)} (--help tells which option sets which field.)") from error
 

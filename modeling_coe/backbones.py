@@ -28,27 +28,23 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from .attention import CoeAttention
 
 
-class Backbone(NamedTuple):
-    """The classes of a family, and the two things in which its sparse layers differ beyond what fields can say."""
+class BackboneModules(NamedTuple):
+    """The classes of a family."""
 
     attention: type[nn.Module]
     rotary_embedding: type[nn.Module]
     norm: type[nn.Module]
-    gates_shared_experts: bool = False  # by a sigmoid of the token
-    # With a single expert per token: DeepSeek-V2 leaves its weight as it is, the others make it 1.
-    normalizes_single_expert: bool = True
 
 
-# All of them choose by scores over all experts. Softmax over the chosen ones alone is the same as `norm_topk_prob`.
-BACKBONES = {
-    "deepseek_v2": Backbone(
-        CoeAttention, DeepseekV2RotaryEmbedding, DeepseekV2RMSNorm, normalizes_single_expert=False
-    ),
-    "deepseek_v3": Backbone(DeepseekV3Attention, DeepseekV3RotaryEmbedding, DeepseekV3RMSNorm),
-    "qwen2_moe": Backbone(Qwen2MoeAttention, Qwen2MoeRotaryEmbedding, Qwen2MoeRMSNorm, gates_shared_experts=True),
-    "qwen3_moe": Backbone(Qwen3MoeAttention, Qwen3MoeRotaryEmbedding, Qwen3MoeRMSNorm),
-    "olmoe": Backbone(OlmoeAttention, OlmoeRotaryEmbedding, OlmoeRMSNorm),
-    "mixtral": Backbone(MixtralAttention, MixtralRotaryEmbedding, MixtralRMSNorm),
-    "llama": Backbone(LlamaAttention, LlamaRotaryEmbedding, LlamaRMSNorm),
-    "qwen3": Backbone(Qwen3Attention, Qwen3RotaryEmbedding, Qwen3RMSNorm),
+# What else there is to know of them is in `BACKBONES` of the configuration. All of them choose by scores over all
+# experts. Softmax over the chosen ones alone is the same as `norm_topk_prob`.
+BACKBONE_MODULES = {
+    "deepseek_v2": BackboneModules(CoeAttention, DeepseekV2RotaryEmbedding, DeepseekV2RMSNorm),
+    "deepseek_v3": BackboneModules(DeepseekV3Attention, DeepseekV3RotaryEmbedding, DeepseekV3RMSNorm),
+    "qwen2_moe": BackboneModules(Qwen2MoeAttention, Qwen2MoeRotaryEmbedding, Qwen2MoeRMSNorm),
+    "qwen3_moe": BackboneModules(Qwen3MoeAttention, Qwen3MoeRotaryEmbedding, Qwen3MoeRMSNorm),
+    "olmoe": BackboneModules(OlmoeAttention, OlmoeRotaryEmbedding, OlmoeRMSNorm),
+    "mixtral": BackboneModules(MixtralAttention, MixtralRotaryEmbedding, MixtralRMSNorm),
+    "llama": BackboneModules(LlamaAttention, LlamaRotaryEmbedding, LlamaRMSNorm),
+    "qwen3": BackboneModules(Qwen3Attention, Qwen3RotaryEmbedding, Qwen3RMSNorm),
 }

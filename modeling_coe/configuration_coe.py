@@ -4,7 +4,7 @@ Folders that carry their own code are flat: there, `configuration_coe.py` is the
 from here as `.configuration_coe` makes `modeling_coe.py` run unchanged in both places.
 """
 
-from configuration_coe import CoeConfig
+from configuration_coe import BACKBONES, CoeConfig
 
 
-__all__ = ["CoeConfig"]
+__all__ = ["BACKBONES", "CoeConfig"]

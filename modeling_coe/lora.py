@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_coe import CoeConfig
+from .configuration_coe import BACKBONES, CoeConfig
 from .experts import check_adaptable
 
 
@@ -164,7 +164,7 @@ def register_default_targets() -> None:
 
 
 def _attention_modules(config: CoeConfig) -> list[str]:
-    if config.backbone not in ("deepseek_v2", "deepseek_v3"):
+    if not BACKBONES[config.backbone].has_latent_attention:
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
     else:
         queries = ("q_proj",) if config.q_lora_rank is None else ("q_a_proj", "q_b_proj")

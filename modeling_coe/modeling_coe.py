@@ -62,10 +62,10 @@ from transformers.utils.output_capturing import (
     install_output_capuring_hook,
 )
 
-from .backbones import BACKBONES
+from .backbones import BACKBONE_MODULES
 from .balancing import balancing_losses, label_token_share, packed_sequences, router_scores
 from .checkpoint import check_chain_keys, read_keys
-from .configuration_coe import CoeConfig
+from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
 from .releases import CACHE, slice_logits_to_keep, takes_cache
@@ -258,7 +258,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CoeConfig, layer_idx: int):
         super().__init__()
-        backbone = BACKBONES[config.backbone]
+        backbone = BACKBONE_MODULES[config.backbone]
         self.num_iterations = config.num_iterations(layer_idx)
         self.is_sparse = self.num_iterations > 0
         is_chained = config.chain_layers is None or layer_idx in config.chain_layers
@@ -345,7 +345,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     _keep_in_fp32_modules_strict = [r"mlp\.gate\b"]  # routers and their selection biases
     _can_record_outputs = {
         "hidden_states": [OutputRecorder(CoeDecoderLayer, index=0)],
-        "attentions": [OutputRecorder(backbone.attention, index=1) for backbone in BACKBONES.values()],
+        "attentions": [OutputRecorder(backbone.attention, index=1) for backbone in BACKBONE_MODULES.values()],
         "router_logits": [OutputRecorder(CoeRouter, index=0)],
         "router_indices": [OutputRecorder(CoeRouter, index=2)],
     }
@@ -467,7 +467,7 @@ class CoeModel(CoePreTrainedModel):
     def __init__(self, config: CoeConfig):
         super().__init__(config)
         config.validate()  # fields may have been set after construction
-        backbone = BACKBONES[config.backbone]
+        backbone = BACKBONE_MODULES[config.backbone]
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -539,14 +539,13 @@ class CoeModel(CoePreTrainedModel):
 
     def _check_cached_latents(self, cache: Cache) -> None:
         """Refuses the keys and values of heads, which PEFT's prefix tuning makes, where attention has latents."""
-        attention, cached = self.layers[0].self_attn, getattr(cache.layers[0], "keys", None) if cache.layers else None
-        latent = (1, getattr(attention, "kv_lora_rank", None))  # heads and width
-        if latent[1] is None or not isinstance(cached, torch.Tensor) or cached.dim() != 4:
+        cached, rank = getattr(cache.layers[0], "keys", None) if cache.layers else None, self.config.kv_lora_rank
+        if rank is None or not isinstance(cached, torch.Tensor) or cached.dim() != 4:
             return
-        if (cached.shape[1], cached.shape[3]) != latent:
+        if (cached.shape[1], cached.shape[3]) != (1, rank):
             raise ValueError(
                 f"The cache holds keys of {cached.shape[1]} heads of width {cached.shape[3]}, but "
-                f"`backbone={self.config.backbone!r}` caches one latent of width `kv_lora_rank={latent[1]}` for all "
+                f"`backbone={self.config.backbone!r}` caches one latent of width `kv_lora_rank={rank}` for all "
                 "heads. Prefix tuning does not fit latent attention; use prompt tuning or LoRA."
             )
 

@@ -41,17 +41,6 @@ TINY = {
     "initializer_range": 0.2,
 }
 
-RESIDUAL_FLAGS = {
-    "inner": {},
-    "outer": {"inner_residual": False, "outer_residual": True},
-    "both": {"outer_residual": True},
-    "init": {"inner_residual": False, "init_residual": True},
-    "prenorm": {"prenorm_residual": True},
-    "none": {"inner_residual": False},
-    "refine": {"upcycling": "refine"},
-    "split": {"upcycling": "split"},
-}
-
 requires_compiled_grouped_mm = pytest.mark.skipif(
     not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"),
     reason="before 5.23, transformers' grouped_mm cannot be compiled for training on the CPU",

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from configuration_coe.configuration_coe import BACKBONES as BACKBONE_CONFIGS
+from configuration_coe import BACKBONES
 from modeling_coe import CoeForCausalLM
-from modeling_coe.backbones import BACKBONES
+from modeling_coe.backbones import BACKBONE_MODULES
 from modeling_coe.modeling_coe import CoeRouter
 from modeling_coe.releases import CACHE
 
@@ -51,11 +51,11 @@ def randomize(model: CoeForCausalLM) -> CoeForCausalLM:
 
 
 def test_every_backbone_has_a_configuration_and_classes():
-    assert tuple(BACKBONE_CONFIGS) == tuple(BACKBONES)
-    for name, config_class in BACKBONE_CONFIGS.items():
-        assert config_class.model_type == name
-        family = MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__
-        for classes in (BACKBONES[name].rotary_embedding, BACKBONES[name].norm):
+    assert tuple(BACKBONE_MODULES) == tuple(BACKBONES)
+    for name, backbone in BACKBONES.items():
+        assert backbone.config_class.model_type == name
+        family = MODEL_FOR_CAUSAL_LM_MAPPING[backbone.config_class].__module__
+        for classes in (BACKBONE_MODULES[name].rotary_embedding, BACKBONE_MODULES[name].norm):
             assert classes.__module__ == family
 
 

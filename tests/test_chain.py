@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from configuration_coe import RESIDUAL_RULES
 from modeling_coe import CoeForCausalLM
 from modeling_coe.modeling_coe import CoeDecoderLayer, CoeRouter
 
 from . import naive
 from .helpers import (
     EXPERTS_BACKENDS,
-    RESIDUAL_FLAGS,
     TINY,
     assert_equal_up_to_rounding,
     random_ids,
@@ -105,7 +105,7 @@ def routing_margin(layer, hidden_states) -> float:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     inner_iter=st.integers(1, 4),
@@ -133,7 +133,7 @@ def test_chain_equals_naive_loop(
         use_igate=use_igate,
         n_shared_experts=n_shared_experts,
         backbone=backbone,
-        **RESIDUAL_FLAGS[rule],
+        **RESIDUAL_RULES[rule],
         **ROUTERS[router],
     )
     assert config.residual_rule == rule

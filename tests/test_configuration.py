@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from math import comb
 
 import pytest
@@ -9,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from configuration_coe import CoeConfig
+from configuration_coe import RESIDUAL_RULES, CoeConfig
 from modeling_coe import CoeModel
 
-from .helpers import RESIDUAL_FLAGS, TINY, tiny_config, tiny_model
+from .helpers import TINY, tiny_config, tiny_model
 
 
 OFFICIAL = {
@@ -74,9 +75,32 @@ def test_caller_keeps_its_rope_dictionary():
     assert rope_scaling == before
 
 
-@pytest.mark.parametrize("rule, flags", RESIDUAL_FLAGS.items())
-def test_residual_rules(rule, flags):
-    assert tiny_config(**flags).residual_rule == rule
+FLAGS = ("inner_residual", "outer_residual", "init_residual", "prenorm_residual", "upcycling")
+RULE_OF_FLAGS = {
+    (True, False, False, False, None): "inner",
+    (False, True, False, False, None): "outer",
+    (True, True, False, False, None): "both",
+    (False, False, True, False, None): "init",
+    (True, False, False, True, None): "prenorm",
+    (False, False, False, False, None): "none",
+    (True, False, False, False, "refine"): "refine",
+    (True, False, False, False, "split"): "split",
+}
+
+
+@pytest.mark.parametrize(
+    "flags", product((True, False), (True, False), (True, False), (True, False), (None, "refine", "split"))
+)
+def test_residual_rules(flags):
+    """Every combination is a rule, or is refused."""
+    fields = dict(zip(FLAGS, flags, strict=True))
+    if flags in RULE_OF_FLAGS:
+        config = tiny_config(**fields)
+        assert config.residual_rule == RULE_OF_FLAGS[flags]
+        assert tiny_config(**RESIDUAL_RULES[config.residual_rule]).to_dict() == config.to_dict()
+    else:
+        with pytest.raises((ValueError, StrictDataclassError), match="residual"):
+            tiny_config(**fields)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
+from configuration_coe import RESIDUAL_RULES
 from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import RoutingCallback
 from modeling_coe.diagnostics import RoutingStatistics, measure_routing, record_routing, routing_stability
@@ -27,7 +28,6 @@ from modeling_coe.releases import CHECKPOINTING
 
 from .diagnostics_worker import MIXED, trainer
 from .helpers import (
-    RESIDUAL_FLAGS,
     assert_equal_up_to_rounding,
     enable_checkpointing,
     random_ids,
@@ -151,7 +151,7 @@ def random_forward(config, num_tokens: int, padded: bool):
     data=st.data(),
 )
 def test_equals_a_naive_count(num_experts, num_iterations, layout, scoring_func, forwards, data):
-    options = {"inner": {}, "mixed": MIXED, "split": RESIDUAL_FLAGS["split"]}[layout]
+    options = {"inner": {}, "mixed": MIXED, "split": RESIDUAL_RULES["split"]}[layout]
     if layout == "split":
         num_iterations = min(2, num_experts)
         options = options if num_iterations == 2 else {}
@@ -227,9 +227,9 @@ def test_a_router_forced_onto_one_expert():
         {"inner_iter": 1},
         {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         MIXED,
-        RESIDUAL_FLAGS["refine"],
-        {**RESIDUAL_FLAGS["split"], "inner_iter": 3},
-        {**RESIDUAL_FLAGS["split"], "num_hidden_layers": 3, "chain_layers": [0, 2]},
+        RESIDUAL_RULES["refine"],
+        {**RESIDUAL_RULES["split"], "inner_iter": 3},
+        {**RESIDUAL_RULES["split"], "num_hidden_layers": 3, "chain_layers": [0, 2]},
     ],
     ids=str,
 )

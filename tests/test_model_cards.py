@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 import model_cards
-from configuration_coe import CoeConfig
+from configuration_coe import RESIDUAL_RULES, CoeConfig
 from modeling_coe import CoeForSequenceClassification
 
 from .helpers import (
-    RESIDUAL_FLAGS,
     assert_equal_up_to_rounding,
     peft_of_transformers,
     random_ids,
@@ -67,10 +66,10 @@ def snippets(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
 def test_figures_are_those_of_the_built_model(rule):
     flags = {"inner_iter": 3, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 2}
-    model = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **flags, **RESIDUAL_FLAGS[rule])
+    model = tiny_model(num_hidden_layers=3, first_k_dense_replace=1, **flags, **RESIDUAL_RULES[rule])
     rows = table(str(model_cards.render(model)))
 
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -326,9 +325,9 @@ class TestExistingCards:
 
 
 class TestSavedModels:
-    @pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+    @pytest.mark.parametrize("rule", RESIDUAL_RULES)
     def test_a_card_comes_with_the_model(self, tmp_path, rule):
-        model = tiny_model(**RESIDUAL_FLAGS[rule])
+        model = tiny_model(**RESIDUAL_RULES[rule])
         model.save_pretrained(tmp_path / "tiny")
         card = (tmp_path / "tiny" / "README.md").read_text()
         assert_valid(card)

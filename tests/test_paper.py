@@ -38,8 +38,9 @@ from benchmarks.paper.experiments import (
 )
 from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
 from benchmarks.paper.runs import GSM8K, SCALES, TIMING_SEED, Data, Run, Scale, plan, tuning_runs
+from configuration_coe import RESIDUAL_RULES
 from modeling_coe import CoeConfig, CoeForCausalLM
-from tests.helpers import RESIDUAL_FLAGS, ROOT, random_ids, tiny_config
+from tests.helpers import ROOT, random_ids, tiny_config
 
 
 SMOKE, CPU = SCALES["smoke"], SCALES["cpu"]
@@ -442,7 +443,7 @@ class TestCodeFingerprint:
 
 class TestVariants:
     def both(self, variant: str, rule: str, **fields):
-        config = tiny_config(**RESIDUAL_FLAGS[rule], **fields)
+        config = tiny_config(**RESIDUAL_RULES[rule], **fields)
         models = []
         for name in (None, variant):
             torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2Model
 
-from configuration_coe.configuration_coe import BACKBONES
+from configuration_coe import BACKBONES, RESIDUAL_RULES
 from modeling_coe import (
     CoeForCausalLM,
     CoeForQuestionAnswering,
@@ -25,7 +25,6 @@ from modeling_coe import (
 
 from .helpers import (
     EXPERTS_BACKENDS,
-    RESIDUAL_FLAGS,
     ROOT,
     TINY,
     assert_equal_up_to_rounding,
@@ -134,9 +133,9 @@ def test_attention_backends_agree(q_lora_rank):
     assert_equal_up_to_rounding(logits["flex_attention"], logits["eager"])
 
 
-@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
 def test_experts_backends_agree(rule):
-    model = tiny_model(**RESIDUAL_FLAGS[rule]).train()
+    model = tiny_model(**RESIDUAL_RULES[rule]).train()
     input_ids = random_ids(2, 9)
     results = {}
     for backend in EXPERTS_BACKENDS:
@@ -196,7 +195,7 @@ def test_torch_export(backend):
         assert_equal_up_to_rounding(exported.logits, model(input_ids).logits)
 
 
-@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
 def test_device_map_offloads_to_disk(tmp_path, rule):
     model = chain_that_talks(rule)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
@@ -213,7 +212,7 @@ def test_device_map_offloads_to_disk(tmp_path, rule):
 
 def chain_that_talks(rule: str, **overrides) -> CoeForCausalLM:
     """A tiny model of a residual rule, of which a converted chain has scales that are not zero."""
-    model = tiny_model(**RESIDUAL_FLAGS[rule], norm_topk_prob=True, **overrides)
+    model = tiny_model(**RESIDUAL_RULES[rule], norm_topk_prob=True, **overrides)
     for name, parameter in model.named_parameters():
         if "iteration_scale" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -225,7 +224,7 @@ def copied(value):
     return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
-@pytest.mark.parametrize("rule", RESIDUAL_FLAGS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
 @pytest.mark.parametrize("training", [False, True])
 def test_no_module_writes_into_its_arguments(rule, training):
     """Each computes the same when it gets copies of them, and its caller a copy of what it returns."""
@@ -409,8 +408,9 @@ def test_parallel_plans_name_what_the_model_has(backbone, fields):
         names.add(re.sub(r"\.\d+(?=\.|$)", ".*", name))
     assert set(config.base_model_tp_plan) <= names and set(config.base_model_ep_plan) <= names
     assert set(config.base_model_pp_plan) <= {name for name, _ in model.named_children()}
-    known = set(BACKBONES[backbone].base_model_tp_plan) | set(DeepseekV2Config.base_model_tp_plan)
-    other = {name for name in known if ".self_attn." in name} - set(BACKBONES[backbone].base_model_tp_plan)
+    own = set(BACKBONES[backbone].config_class.base_model_tp_plan)
+    known = own | set(DeepseekV2Config.base_model_tp_plan)
+    other = {name for name in known if ".self_attn." in name} - own
     assert (known - other) & names <= set(config.base_model_tp_plan)
     experts = {f"layers.*.mlp.experts{name}" for name in ("", ".gate_up_proj", ".down_proj")}
     for plan in (config.base_model_tp_plan, config.base_model_ep_plan):

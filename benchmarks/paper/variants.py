@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling_coe import CoeConfig, CoeForCausalLM
-from modeling_coe.backbones import BACKBONES
+from modeling_coe.backbones import BACKBONE_MODULES
 from modeling_coe.experts import sharing_weights
 from modeling_coe.modeling_coe import CoeDecoderLayer
 
@@ -49,7 +49,7 @@ class RenormLayer(CoeDecoderLayer):
     """The pre-norm chain whose iterations all read the stream through a norm, each its own."""
 
     def extend(self, config: CoeConfig) -> None:
-        norm = BACKBONES[config.backbone].norm
+        norm = BACKBONE_MODULES[config.backbone].norm
         self.norms = nn.ModuleList(
             [norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(self.num_iterations - 1)]
         )
