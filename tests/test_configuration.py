@@ -1,3 +1,5 @@
+"""`CoeConfig`: names of the official configuration, rules, bounds, figures."""
+
 import json
 import subprocess
 import sys
