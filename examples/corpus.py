@@ -13,10 +13,12 @@ import torch
 from arithmetic import Problems
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from run_folder import InputError, check_range, is_resumable, loading, one_line, option, short_hash
+from run_folder import is_resumable, short_hash
 from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modeling_coe.command_line import InputError, check_range, loading, one_line, option
 
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"

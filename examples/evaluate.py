@@ -41,20 +41,22 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
 from pyarrow import ArrowInvalid
-from run_folder import (
-    InputError,
-    OptionParser,
-    check_folder,
-    check_not_negative,
-    check_positive,
-    loading,
-    make_folder,
-    one_line,
-    write_json,
-)
+from run_folder import write_json
 from tasks.question_answer import final_answer
 
 import modeling_coe  # noqa: F401  registers the Auto classes
+from modeling_coe.command_line import (
+    InputError,
+    OptionParser,
+    check_device,
+    check_folder,
+    check_not_negative,
+    check_positive,
+    command,
+    loading,
+    make_folder,
+    one_line,
+)
 
 
 TASKS = Path(__file__).parent / "tasks"
@@ -101,16 +103,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--out {args.out} is a folder. Give the name of a file, such as {args.out}/results.json."
             )
     return args
-
-
-def check_device(device: str) -> None:
-    """Raises [`InputError`] where torch has no such device; lm-eval would take another one."""
-    try:
-        torch.ones(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first where torch was built without it
-        raise InputError(
-            f"--device {device} cannot be used: {str(error).splitlines()[0]}. Choose one that torch has, such as cpu."
-        ) from error
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
@@ -281,23 +273,21 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    manager, tasks = load_tasks(args)
+    records = []
     try:
-        args = parse_arguments(argv)
-        manager, tasks = load_tasks(args)
-        records = []
-        try:
-            for name in args.models:
-                records.append(evaluate(name, args, manager, tasks))
-                if args.out is not None:
-                    make_folder("out", args.out.parent)
-                    settings = vars(args) | {"out": str(args.out)}
-                    write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
-        finally:  # a model that fails takes no other with it
-            if records:
-                print(f"\n{table(records)}")
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        for name in args.models:
+            records.append(evaluate(name, args, manager, tasks))
+            if args.out is not None:
+                make_folder("out", args.out.parent)
+                settings = vars(args) | {"out": str(args.out)}
+                write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
+    finally:  # a model that fails takes no other with it
+        if records:
+            print(f"\n{table(records)}")
 
 
 if __name__ == "__main__":

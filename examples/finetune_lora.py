@@ -18,7 +18,6 @@ is reported are those of `pretrain.py`. The output folder holds
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,7 @@ from corpus import (
 )
 from peft import PeftModel, get_peft_model
 from report import held_out_table, report
-from run_folder import (
-    InputError,
-    OptionParser,
-    check_output_dir,
-    check_positive,
-    checkpoint_step,
-    open_run,
-    short_hash,
-)
+from run_folder import check_output_dir, checkpoint_step, open_run, short_hash
 from training import (
     Run,
     add_options,
@@ -61,6 +52,7 @@ from training import (
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
+from modeling_coe.command_line import OptionParser, check_positive, command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -178,11 +170,9 @@ def finetune(args: argparse.Namespace) -> None:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    try:
-        finetune(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    finetune(parse_arguments(argv))
 
 
 if __name__ == "__main__":

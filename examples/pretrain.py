@@ -22,7 +22,6 @@ computes bit for bit what it would have computed without the interruption. The o
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import openmp  # noqa: F401  before torch
@@ -42,18 +41,7 @@ from corpus import (
 )
 from huggingface_hub.errors import StrictDataclassError
 from report import held_out_table, report, unigram_loss
-from run_folder import (
-    InputError,
-    OptionParser,
-    check_not_negative,
-    check_output_dir,
-    check_positive,
-    check_range,
-    checkpoint_step,
-    one_line,
-    open_run,
-    option,
-)
+from run_folder import check_output_dir, checkpoint_step, open_run
 from training import (
     Run,
     add_options,
@@ -72,6 +60,16 @@ from transformers import (
 
 from configuration_coe import RESIDUAL_RULES, CoeConfig
 from modeling_coe import CoeForCausalLM
+from modeling_coe.command_line import (
+    InputError,
+    OptionParser,
+    check_not_negative,
+    check_positive,
+    check_range,
+    command,
+    one_line,
+    option,
+)
 
 
 # The rules of new chains; the others are for converted models, and `none` for comparison with the official code.
@@ -235,11 +233,9 @@ def pretrain(args: argparse.Namespace) -> None:
     report_run(args, run, corpus, tokenizer, train_blocks, held_out_blocks)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    try:
-        pretrain(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    pretrain(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Both models read the same held-out texts. The output folder holds
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import openmp  # noqa: F401  before torch
@@ -18,12 +17,20 @@ import openmp  # noqa: F401  before torch
 
 # isort: split
 from corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
-from run_folder import InputError, OptionParser, check_folder, check_positive, check_range, make_folder
 from tqdm import tqdm
 from training import given_config, given_model
 from transformers import set_seed
 
 from modeling_coe import CoeForCausalLM
+from modeling_coe.command_line import (
+    InputError,
+    OptionParser,
+    check_folder,
+    check_positive,
+    check_range,
+    command,
+    make_folder,
+)
 from modeling_coe.diagnostics import measure_routing
 from modeling_coe.diagnostics.plots import plot_load, plot_transitions
 
@@ -69,11 +76,9 @@ def draw(args: argparse.Namespace) -> None:
         plot_load(routing, args.output_dir / f"load_{name}.png")
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    try:
-        draw(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    draw(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -4,16 +4,13 @@
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import (
@@ -24,6 +21,14 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from modeling_coe.command_line import (
+    InputError,
+    check_folder,
+    check_range,
+    make_folder,
+    option,
+)
+
 
 # Options that say where a run writes and how it starts, not what it computes.
 START_OPTIONS = {"output_dir", "resume", "overwrite"}
@@ -32,49 +37,6 @@ REPORT_OPTIONS = {"num_problems", "num_samples", "max_new_tokens"}
 # What runs write beside checkpoints and `run.json`.
 RESULTS = ("model", "adapter", "results.json", "loss_curve.png")
 OUTPUTS = ("tokenizer", *RESULTS)
-# What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
-LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
-    StrictDataclassError,
-)
-
-
-class InputError(ValueError):
-    """What the user gave does not work; the message names the option, its value and the remedy."""
-
-
-class OptionParser(argparse.ArgumentParser):
-    """A parser that shows defaults, and raises [`InputError`] where it cannot read the command line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. `--help` tells what every option takes.")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of a library's error, ended as a sentence is."""
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-@contextmanager
-def loading(what: str, remedy: str) -> Iterator[None]:
-    """Raises [`InputError`] in place of a library's error while `what` the user gave is loaded."""
-    try:
-        yield
-    except InputError:
-        raise
-    except LOADING_ERRORS as error:
-        message = one_line(error)
-        if isinstance(error, KeyError | TypeError | AttributeError):  # which say little without their class
-            message = f"{type(error).__name__}: {message}"
-        elif "ignore_mismatched_sizes" in message:  # a report above that nobody has asked for
-            message = "its weights have other shapes than its config.json says."
-        raise InputError(f"{what} cannot be loaded: {message} {remedy}") from error
 
 
 def short_hash(parts: Iterable[Any]) -> str:
@@ -83,36 +45,6 @@ def short_hash(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:16]
-
-
-def option(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises [`InputError`] where one of these options is less than 1."""
-    for name in names:
-        if getattr(args, name) < 1:
-            raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 1 or more.")
-
-
-def check_range(
-    args: argparse.Namespace, name: str, low: float, high: float = math.inf, *, exclusive: bool = False
-) -> None:
-    """Raises [`InputError`] where an option does not lie in [low, high), or, if `exclusive`, in (low, high)."""
-    value = getattr(args, name)
-    if not low <= value < high or (exclusive and value == low):
-        least = f"more than {low:g}" if exclusive else f"{low:g} or more"
-        most = "a finite number" if high == math.inf else f"less than {high:g}"
-        raise InputError(f"{option(name)} is {value}; it must be {least} and {most}.")
-
-
-def check_not_negative(args: argparse.Namespace, *names: str) -> None:
-    """Raises [`InputError`] where one of these options is less than 0."""
-    for name in names:
-        if getattr(args, name) < 0:
-            raise InputError(f"{option(name)} is {getattr(args, name)}; it must be 0 or more.")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -128,29 +60,6 @@ def check_run_options(args: argparse.Namespace) -> None:
     check_range(args, "seed", 0, 2**32)  # as NumPy's generators want it
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-
-
-def check_folder(name: str, folder: Path) -> None:
-    """Raises [`InputError`] where the folder that an option names cannot be made or written to."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{option(name)} {folder} cannot be a folder: {nearest} is a file. Choose another folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{option(name)} {folder} cannot be written: {nearest} is read-only. Choose another folder.")
-
-
-def make_folder(name: str, folder: Path) -> None:
-    """Makes the folder that an option names, and those above it.
-
-    Raises:
-        InputError: It cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{option(name)} {folder} cannot be made: {one_line(error)} Choose another folder."
-        ) from error
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

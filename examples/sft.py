@@ -17,7 +17,6 @@ too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of 
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -30,15 +29,7 @@ from answers import solve
 from corpus import Example, choose_tokenizer, load_corpus
 from datasets import Dataset
 from report import held_out_table, report
-from run_folder import (
-    InputError,
-    OptionParser,
-    check_output_dir,
-    check_positive,
-    checkpoint_step,
-    open_run,
-    short_hash,
-)
+from run_folder import check_output_dir, checkpoint_step, open_run, short_hash
 from training import (
     Run,
     Stopwatch,
@@ -55,6 +46,7 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
+from modeling_coe.command_line import InputError, OptionParser, check_positive, command
 from modeling_coe.releases import CHECKPOINTING
 
 
@@ -185,11 +177,9 @@ def finetune(args: argparse.Namespace) -> None:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    try:
-        finetune(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    finetune(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from corpus import Blocks, add_data_options, check_data_options
-from run_folder import (
-    InputError,
-    add_run_options,
-    check_not_negative,
-    check_positive,
-    check_range,
-    check_run_options,
-    loading,
-)
+from run_folder import add_run_options, check_run_options
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
+from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
 
 
 if TYPE_CHECKING:

@@ -3,37 +3,33 @@
 
 import argparse
 import json
-import os
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..command_line import (
+    InputError,
+    OptionParser,
+    check_device,
+    check_folder,
+    check_positive,
+    command,
+    loading,
+    make_folder,
+    one_line,
+)
 from ..configuration_coe import CoeConfig
 from .recording import Batch, measure_routing
 
 
-class InputError(ValueError):
-    """What the user gave does not work; the message names it and the remedy."""
-
-
-class OptionParser(argparse.ArgumentParser):
-    """A parser that raises [`InputError`] where it cannot read the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. `--help` tells what every option takes.")
-
-
-# What libraries raise where files of a model or its tokenizer are missing, damaged, or not of one kind.
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
@@ -42,7 +38,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="coe-routing",
         description="Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, "
         "load.png and transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model with its tokenizer")
     parser.add_argument("data", metavar="DATA", help=f"{', '.join(FILE_FORMATS)} file, folder or Hub data set")
@@ -55,43 +50,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="texts per forward")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    for name in ("tokens", "length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more.")
+    check_positive(args, "tokens", "length", "batch_size")
     check_device(args.device)
-    check_out(args.out)
+    check_folder("out", args.out)
     if Path(args.data).is_file() and (args.split, args.config) != ("train", None):
         named = f"--split is {args.split}" if args.split != "train" else f"--config is {args.config}"
         raise InputError(f"{named}, but DATA {args.data} is a file, which has neither. Leave it out.")
     return args
-
-
-def check_device(device: str) -> None:
-    """Raises [`InputError`] where torch has no such device."""
-    try:
-        torch.ones(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first where torch was built without it
-        raise InputError(
-            f"--device {device} cannot be used: {str(error).splitlines()[0]}. Choose one that torch has, such as cpu."
-        ) from error
-
-
-def check_out(folder: Path) -> None:
-    """Raises [`InputError`] where the folder cannot be made or written to."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise InputError(f"--out {folder} cannot be a folder: {nearest} is a file. Choose another folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder} cannot be written: {nearest} is read-only. Choose another folder.")
-
-
-def one_line(error: BaseException) -> str:
-    """The class and the message of a library's error."""
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
-        error = error.__cause__
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says"
-    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def load_model(source: str) -> tuple[PreTrainedModel, Any]:
@@ -100,7 +65,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, Any]:
     Raises:
         InputError: They cannot be loaded, or it is no Chain-of-Experts model with sparse layers.
     """
-    try:
+    with loading(f"MODEL {source}", "Give a folder with the config.json, the weights and the tokenizer of one model."):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not isinstance(config, CoeConfig) or not config.sparse_layers:
             raise InputError(
@@ -113,13 +78,6 @@ def load_model(source: str) -> tuple[PreTrainedModel, Any]:
                 "Save the tokenizer it was trained with in its folder."
             )
         return AutoModelForCausalLM.from_pretrained(source), tokenizer
-    except InputError:
-        raise
-    except LOADING_ERRORS as error:
-        raise InputError(
-            f"MODEL {source} cannot be loaded with its tokenizer: {one_line(error)}. Give a folder with the "
-            "config.json, the weights and the tokenizer of one model."
-        ) from error
 
 
 def read_texts(source: str, columns: list[str], split: str, config: str | None) -> Iterator[str]:
@@ -162,7 +120,7 @@ def read_texts(source: str, columns: list[str], split: str, config: str | None) 
         raise InputError(f"DATA {source} holds no text. Give data with text.") from error
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {one_line(error)}. Give a "
+            f"DATA {source} (split {split!r}, configuration {config!r}) cannot be read: {one_line(error)} Give a "
             f"readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
         ) from error
 
@@ -200,10 +158,7 @@ def report(args: argparse.Namespace) -> None:
         routing = measure_routing(model.to(args.device), _show_progress(batches, bar))
     if not routing.tokens:
         raise InputError(f"DATA {args.data} holds no text. Give data with text, or another --column.")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {args.out} cannot be made: {one_line(error)}. Choose another folder.") from error
+    make_folder("out", args.out)
     content = {"model": args.model, "data": args.data} | routing.summary()
     (args.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
     print(routing)
@@ -224,12 +179,10 @@ def _show_progress(batches: Iterable[Batch], bar: tqdm) -> Iterator[Batch]:
         bar.update(int(batch["attention_mask"].sum()))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """`coe-routing`."""
-    try:
-        report(parse_arguments(argv))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    report(parse_arguments(argv))
 
 
 if __name__ == "__main__":

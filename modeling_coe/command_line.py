@@ -1,0 +1,134 @@
+# Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
+"""What commands have in common: input that does not work is named in one line, with what to do about it."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+
+# What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
+    StrictDataclassError,
+)
+
+
+class InputError(ValueError):
+    """What the user gave does not work; the message names the option, its value and the remedy."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that shows defaults, and raises [`InputError`] where it cannot read the command line."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. `--help` tells what every option takes.")
+
+
+def command(run: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+    """Makes a command of a function of its arguments: bad input ends in one line and the exit code 1."""
+
+    @wraps(run)
+    def main(argv: Sequence[str] | None = None) -> None:
+        try:
+            run(argv)
+        except InputError as error:
+            sys.exit(f"error: {error}")
+
+    return main
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's error, ended as a sentence is."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # which names the field
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Raises [`InputError`] in place of a library's error while `what` the user gave is loaded."""
+    try:
+        yield
+    except InputError:
+        raise
+    except LOADING_ERRORS as error:
+        message = one_line(error)
+        if isinstance(error, KeyError | TypeError | AttributeError):  # which say little without their class
+            message = f"{type(error).__name__}: {message}"
+        elif "ignore_mismatched_sizes" in message:  # a report above that nobody has asked for
+            message = "its weights have other shapes than its config.json says."
+        raise InputError(f"{what} cannot be loaded: {message} {remedy}") from error
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raises [`InputError`] where one of these options is less than 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(f"{option(name)} is {getattr(options, name)}; it must be 1 or more.")
+
+
+def check_range(options: object, name: str, low: float, high: float = math.inf, *, exclusive: bool = False) -> None:
+    """Raises [`InputError`] where an option does not lie in [low, high), or, if `exclusive`, in (low, high)."""
+    value = getattr(options, name)
+    if not low <= value < high or (exclusive and value == low):
+        least = f"more than {low:g}" if exclusive else f"{low:g} or more"
+        most = "a finite number" if high == math.inf else f"less than {high:g}"
+        raise InputError(f"{option(name)} is {value}; it must be {least} and {most}.")
+
+
+def check_not_negative(options: object, *names: str) -> None:
+    """Raises [`InputError`] where one of these options is less than 0."""
+    for name in names:
+        if getattr(options, name) < 0:
+            raise InputError(f"{option(name)} is {getattr(options, name)}; it must be 0 or more.")
+
+
+def check_device(device: str) -> None:
+    """Raises [`InputError`] where torch has no such device."""
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first where torch was built without it
+        raise InputError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}. Choose one that torch has, such as cpu."
+        ) from error
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises [`InputError`] where the folder that an option names cannot be made or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{option(name)} {folder} cannot be a folder: {nearest} is a file. Choose another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{option(name)} {folder} cannot be written: {nearest} is read-only. Choose another folder.")
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Makes the folder that an option names, and those above it.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{option(name)} {folder} cannot be made: {one_line(error)} Choose another folder."
+        ) from error
