@@ -44,9 +44,9 @@ style: $(INSTALLED)
 # The CPU set, on one core: other processes on the machine disturb it little, but they do.
 benchmarks: $(INSTALLED)
 	for size in small mid; do \
-		$(BIN)/python benchmarks/train_step.py --size $$size && \
-		$(BIN)/python benchmarks/generate.py --size $$size && \
-		$(BIN)/python benchmarks/experts.py --size $$size || exit 1; \
+		$(BIN)/python -m benchmarks.train_step --size $$size && \
+		$(BIN)/python -m benchmarks.generate --size $$size && \
+		$(BIN)/python -m benchmarks.experts --size $$size || exit 1; \
 	done
 
 # The paper's experiments at the scale of two CPU cores: hours. May be stopped and started at any time. The report is

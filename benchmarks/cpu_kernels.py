@@ -1,8 +1,8 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Times a layer's experts on the CPU: the default against every other implementation, and its kernels one by one.
 
-    python benchmarks/cpu_kernels.py
-    python benchmarks/cpu_kernels.py --dtype bfloat16 --hidden-sizes 512 --rows 1 64 --iterations 2
+    python -m benchmarks.cpu_kernels
+    python -m benchmarks.cpu_kernels --dtype bfloat16 --hidden-sizes 512 --rows 1 64 --iterations 2
 
 The default should be the fastest of what can run, wherever it runs: ratios are its time over that of another
 implementation of the same experts, on the same tokens and routing, and above 1.05 it is not. Both directions, a chain
@@ -18,8 +18,8 @@ from itertools import product
 
 import torch
 import transformers
-from measure import SLOW, Clock, Run, alternate, spread
 
+from benchmarks.measure import SLOW, Clock, Run, alternate, spread
 from modeling_coe import CoeConfig, cpu_kernels
 from modeling_coe.experts import sharing_weights
 from modeling_coe.modeling_coe import CoeExperts

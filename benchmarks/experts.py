@@ -1,8 +1,8 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Times the routed experts of one layer, over numbers of tokens, numbers of experts and expert widths.
 
-    python benchmarks/experts.py --size mid
-    python benchmarks/experts.py --size mid --tokens 1 1024 --experts 64 --widths 352 704 1408
+    python -m benchmarks.experts --size mid
+    python -m benchmarks.experts --size mid --tokens 1 1024 --experts 64 --widths 352 704 1408
 
 A chain calls one set of experts C times, each time on the sum of the last input and output and with a routing of its
 own; the native experts are called once with C times as many experts per token. The hidden size is that of `--size`.
@@ -15,7 +15,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from measure import (
+from transformers import PreTrainedModel
+
+from benchmarks.measure import (
     CHAIN,
     SIZES,
     Benchmark,
@@ -26,8 +28,6 @@ from measure import (
     forward_and_backward,
     parse_arguments,
 )
-from transformers import PreTrainedModel
-
 from modeling_coe import CoeConfig
 from modeling_coe.experts import sharing_weights
 

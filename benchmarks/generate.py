@@ -1,8 +1,8 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Times generation: reading a prompt (prefill), and one decode step with prompts of several lengths in the cache.
 
-    python benchmarks/generate.py --size mid
-    python benchmarks/generate.py --size paper --device cuda
+    python -m benchmarks.generate --size mid
+    python -m benchmarks.generate --size paper --device cuda
 
 As `generate` does, a forward pass computes the logits of the last position only, and decoding is greedy. A decode
 figure is the mean of some consecutive steps; filling the cache is not part of it.
@@ -12,9 +12,9 @@ import copy
 from typing import Any
 
 import torch
-from measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
 from transformers import DynamicCache, PreTrainedModel
 
+from benchmarks.measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
 from modeling_coe.releases import CACHE
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Times a training step, with and without the optimizer, and measures its peak memory.
 
-    python benchmarks/train_step.py --size mid
-    python benchmarks/train_step.py --size paper --device cuda
+    python -m benchmarks.train_step --size mid
+    python -m benchmarks.train_step --size paper --device cuda
 
 Both models are in training mode with their default configuration: Chain-of-Experts then adds its load-balancing loss
 to the cross-entropy, and the native model has none to add, so the time of that loss is part of our figures.
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
+from transformers import PreTrainedModel
+
+from benchmarks.measure import (
     CHAIN,
     SIZES,
     Benchmark,
@@ -38,8 +40,6 @@ from measure import (
     reason,
     refusal,
 )
-from transformers import PreTrainedModel
-
 from modeling_coe import CoeConfig
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Does a trained mixture of experts learn more when it goes on as a chain, at the same FLOPs?
 
-    python benchmarks/upcycling.py --work runs/upcycling --output benchmarks/results/upcycling
+    python -m benchmarks.upcycling --work runs/upcycling --output benchmarks/results/upcycling
 
 A DeepSeek-V2 mixture of experts is trained on the arithmetic problems, or on the files of `--data`, until it improves
 slowly. It is then converted twice, with `identity` (the mixture as it was) and with `split` (the same experts and the

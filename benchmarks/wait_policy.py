@@ -1,8 +1,8 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Times a training step beside other work, under several settings of how torch's threads wait for each other.
 
-    python benchmarks/wait_policy.py
-    python benchmarks/wait_policy.py --threads 2 --busy 1 --rounds 5
+    python -m benchmarks.wait_policy
+    python -m benchmarks.wait_policy --threads 2 --busy 1 --rounds 5
 
 torch computes with OpenMP. At the end of each of its loops a thread waits for the others, and by default it spins: it
 keeps its core busy. Where another process has one of the cores, all threads spin until that one's turn is over, and
@@ -64,7 +64,7 @@ def measure(threads: int, setting: dict[str, str]) -> float:
     """[`step_seconds`] of a fresh process."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).resolve().parents[1])} | setting
-    command = [sys.executable, __file__, "--step-of", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.wait_policy", "--step-of", str(threads)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 

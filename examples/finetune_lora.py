@@ -21,13 +21,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401  before torch
+import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
 import torch
-from answers import solve
-from corpus import (
+from peft import PeftModel, get_peft_model
+from recipe.answers import solve
+from recipe.corpus import (
     add_block_options,
     choose_tokenizer,
     encode_prompts,
@@ -35,10 +36,9 @@ from corpus import (
     load_corpus,
     pack_corpus,
 )
-from peft import PeftModel, get_peft_model
-from report import held_out_table, report
-from run_folder import check_output_dir, checkpoint_step, open_run, short_hash
-from training import (
+from recipe.report import held_out_table, report
+from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.training import (
     Run,
     add_options,
     check_options,

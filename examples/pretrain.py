@@ -24,13 +24,14 @@ computes bit for bit what it would have computed without the interruption. The o
 import argparse
 from pathlib import Path
 
-import openmp  # noqa: F401  before torch
+import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
 import torch
-from answers import solve
-from corpus import (
+from huggingface_hub.errors import StrictDataclassError
+from recipe.answers import solve
+from recipe.corpus import (
     Corpus,
     add_block_options,
     choose_tokenizer,
@@ -39,10 +40,9 @@ from corpus import (
     load_corpus,
     pack_corpus,
 )
-from huggingface_hub.errors import StrictDataclassError
-from report import held_out_table, report, unigram_loss
-from run_folder import check_output_dir, checkpoint_step, open_run
-from training import (
+from recipe.report import held_out_table, report, unigram_loss
+from recipe.run_folder import check_output_dir, checkpoint_step, open_run
+from recipe.training import (
     Run,
     add_options,
     check_options,

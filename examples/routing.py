@@ -12,13 +12,13 @@ Both models read the same held-out texts. The output folder holds
 import argparse
 from pathlib import Path
 
-import openmp  # noqa: F401  before torch
+import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
-from corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
+from recipe.corpus import add_block_options, add_data_options, check_data_options, load_corpus, load_tokenizer, pack
+from recipe.training import given_config, given_model
 from tqdm import tqdm
-from training import given_config, given_model
 from transformers import set_seed
 
 from modeling_coe import CoeForCausalLM

@@ -21,16 +21,16 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-import openmp  # noqa: F401  before torch
+import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
-from answers import solve
-from corpus import Example, choose_tokenizer, load_corpus
 from datasets import Dataset
-from report import held_out_table, report
-from run_folder import check_output_dir, checkpoint_step, open_run, short_hash
-from training import (
+from recipe.answers import solve
+from recipe.corpus import Example, choose_tokenizer, load_corpus
+from recipe.report import held_out_table, report
+from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.training import (
     Run,
     Stopwatch,
     add_options,

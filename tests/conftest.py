@@ -7,10 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
-import openmp  # noqa: F401  the examples' own, before torch
 import pytest
 import setuptools  # noqa: F401  torch's compiler imports it, which fails after somebody has imported distutils
 import torch
+from recipe import openmp  # noqa: F401  the examples' own, before torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging

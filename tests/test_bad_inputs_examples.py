@@ -12,8 +12,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import corpus
 import pytest
+from recipe import corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .helpers import ROOT, tiny_model
@@ -27,7 +27,7 @@ WORKING = {
     "finetune_lora": f"--model @good {ROWS} {SHORT} --block-size 16 --eval-blocks 1",
     "sft": f"--model @good {ROWS} {SHORT}",
     "routing": f"--model @good {ROWS} --block-size 16 --eval-blocks 1",
-    "evaluate": "--models @good --data @rows.jsonl --limit 1 --max-new-tokens 4 --device cpu",
+    "evaluation": "--models @good --data @rows.jsonl --limit 1 --max-new-tokens 4 --device cpu",
     "coe-routing": "--out @out --device cpu",
 }
 MODULES = {"coe-routing": "modeling_coe.diagnostics.cli"}
@@ -171,7 +171,7 @@ CASES = {
         ("--model @half_weights", "--model", "half_weights", "model.safetensors' is truncated", "Give a folder"),
         ("--output-dir @file", "--output-dir", "file is a file", "Choose another folder"),
     ],
-    "evaluate": [
+    "evaluation": [
         ("--limit 0", "--limit is 0", "1 or more"),
         ("--limit all", "--limit", "'all'", "--help"),
         ("--batch-size 0", "--batch-size is 0", "1 or more"),
@@ -370,7 +370,7 @@ def command(script: str, wrong: str, inputs: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("script", WORKING)
 def test_the_commands_work(inputs, tmp_path, script):
     """What the cases are refused for is what is wrong with them."""
-    if script == "evaluate":
+    if script == "evaluation":
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     before = contents(inputs)
     data = "@good @rows.jsonl" if script == "coe-routing" else ""
@@ -384,7 +384,7 @@ def test_the_commands_work(inputs, tmp_path, script):
     ids=[f"{script} {wrong}" for script, cases in CASES.items() for wrong, *_ in cases],
 )
 def test_one_line_that_names_it(inputs, tmp_path, capsys, monkeypatch, script, wrong, words):
-    if script == "evaluate":
+    if script == "evaluation":
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     module = importlib.import_module(MODULES.get(script, script))
     before = contents(inputs)

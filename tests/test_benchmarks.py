@@ -3,7 +3,6 @@
 import gc
 import importlib
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from benchmarks import experts, generate, measure, train_step
 from modeling_coe import CoeConfig
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-measure = importlib.import_module("measure")
-SCRIPTS = {name: importlib.import_module(name) for name in ("experts", "generate", "train_step")}
+SCRIPTS = {"experts": experts, "generate": generate, "train_step": train_step}
 
 
 @pytest.fixture
@@ -224,7 +222,7 @@ def test_script(name, tmp_path, capsys):
 def test_the_default_against_every_other_implementation(capsys):
     """A row for each shape and direction, with a ratio for every implementation that could run."""
     options = ["--hidden-sizes", "64", "--rows", "1", "4", "--experts", "3", "--top-k", "2"]
-    rows = importlib.import_module("cpu_kernels").main([*options, "--pairs", "1", "--seconds", "0"])
+    rows = importlib.import_module("benchmarks.cpu_kernels").main([*options, "--pairs", "1", "--seconds", "0"])
     assert len(rows) == 2 * 2
     for ratios in rows:
         assert set(ratios) == {"torch_grouped_mm", "eager", "batched_mm"} and min(ratios.values()) > 0
@@ -235,7 +233,7 @@ def test_the_default_against_every_other_implementation(capsys):
 
 def test_a_run_of_the_upcycling_benchmark_is_what_its_options_say(tmp_path, monkeypatch):
     """Results are looked up by all that decides them: other options, data or another model make another run."""
-    upcycling = importlib.import_module("upcycling")
+    upcycling = importlib.import_module("benchmarks.upcycling")
     made = []
 
     def run(script: Path, option: str, folder: Path, *options: str) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import routing as routing_example
 import torch
-from corpus import ArithmeticExamples, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from recipe.corpus import ArithmeticExamples, train_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 

@@ -12,8 +12,8 @@ import pretrain
 import pytest
 import sft
 import torch
-from corpus import load_tokenizer
 from peft import PeftModel
+from recipe.corpus import load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import CoeConfig, CoeForCausalLM

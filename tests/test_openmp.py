@@ -10,7 +10,7 @@ import pytest
 from .helpers import ROOT
 
 
-SCRIPTS = ("pretrain", "finetune_lora", "sft", "evaluate", "routing")
+SCRIPTS = ("pretrain", "finetune_lora", "sft", "evaluation", "routing")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -19,7 +19,7 @@ def test_examples_set_it_before_they_import_torch(script):
     tree = ast.parse((ROOT / "examples" / f"{script}.py").read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [getattr(node, "module", None) or node.names[0].name for node in imports]
-    assert next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names) == "openmp"
+    assert next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names) == "recipe.openmp"
 
 
 @pytest.mark.parametrize("given", [None, "77"])

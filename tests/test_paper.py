@@ -432,7 +432,7 @@ class TestCodeFingerprint:
             "    file = getattr(module, '__file__', None)\n"
             "    if file and worker.ROOT in Path(file).parents: print(Path(file).relative_to(worker.ROOT))"
         )
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
         command = [sys.executable, "-c", program]
         found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
         imported = {line for line in found.stdout.splitlines() if not line.startswith(".")}

@@ -12,14 +12,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import answers
-import arithmetic
-import corpus
 import pretrain
 import pytest
-import report
-import run_folder
 import torch
+from recipe import answers, arithmetic, corpus, report, run_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .helpers import ROOT

@@ -653,7 +653,7 @@ class TestLmEval:
         from lm_eval.tasks._index import TaskIndex
 
         assert list(inspect.signature(TaskIndex._iter_yaml_files).parameters) == ["root"], (
-            "tests of examples/evaluate.py would index thousands of tasks"
+            "tests of examples/evaluation.py would index thousands of tasks"
         )
         assert list(inspect.signature(HFLM._encode_pair).parameters) == ["self", "context", "continuation"], (
             "what lm-eval scores cannot be compared with what training learns"

@@ -151,7 +151,7 @@ class Processes:
             "nice": self.args.nice,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.args.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores

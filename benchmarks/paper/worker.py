@@ -13,14 +13,15 @@ import json
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pretrain
 import torch
+from recipe import corpus, report, run_folder, training
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -34,21 +35,12 @@ from modeling_coe.diagnostics import measure_routing
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import corpus  # noqa: E402
-import pretrain  # noqa: E402
-import report  # noqa: E402
-import run_folder  # noqa: E402
-import training  # noqa: E402
-
-
 # Files of this project that a run comes from: all that are imported here.
 SOURCES = (
-    *("configuration_coe/*.py", "modeling_coe/**/*.py", "benchmarks/measure.py"),
+    *("configuration_coe/*.py", "modeling_coe/**/*.py", "benchmarks/__init__.py", "benchmarks/measure.py"),
     *(f"benchmarks/paper/{name}.py" for name in ("__init__", "experiments", "results", "runs", "variants")),
-    *(f"examples/{name}.py" for name in ("answers", "arithmetic", "corpus", "openmp", "pretrain", "report")),
-    *("benchmarks/paper/worker.py", "examples/run_folder.py", "examples/training.py"),
-    "examples/tasks/question_answer.py",
+    *("examples/pretrain.py", "examples/recipe/*.py", "examples/tasks/question_answer.py"),
+    "benchmarks/paper/worker.py",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

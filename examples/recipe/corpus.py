@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from arithmetic import Problems
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from run_folder import is_resumable, short_hash
 from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_coe.command_line import InputError, check_range, loading, one_line, option
+
+from .arithmetic import Problems
+from .run_folder import is_resumable, short_hash
 
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import exact_match
-from corpus import Corpus, Example
 from matplotlib.figure import Figure
-from run_folder import settings_of, write_json
-from training import Run
+
+from .answers import exact_match
+from .corpus import Corpus, Example
+from .run_folder import settings_of, write_json
+from .training import Run
 
 
 LossTable = dict[str, dict[str, float]]  # by split: "before" and "trained", and "unigram" where it is known

@@ -1,9 +1,9 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Evaluates causal language models, Chain-of-Experts or other, side by side with lm-eval.
 
-    python examples/evaluate.py --models runs/demo/model --data test.parquet --limit 100
-    python examples/evaluate.py --models runs/demo/model Qwen/Qwen3-0.6B --data test.parquet --num-fewshot 4
-    python examples/evaluate.py --models runs/demo/model --tasks arc_easy lambada_openai
+    python examples/evaluation.py --models runs/demo/model --data test.parquet --limit 100
+    python examples/evaluation.py --models runs/demo/model Qwen/Qwen3-0.6B --data test.parquet --num-fewshot 4
+    python examples/evaluation.py --models runs/demo/model --tasks arc_easy lambada_openai
 
 `--data` is a parquet or JSON-lines file of question/answer pairs, in the format of the training examples: the prompt,
 a newline, the answer. Models are measured by the tasks in `tasks/`, which lm-eval's own command line runs too:
@@ -23,12 +23,11 @@ few-shot examples, or at `--max-new-tokens`. Few-shot examples are drawn from th
 """
 
 import argparse
-import sys
 from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import openmp  # noqa: F401  before torch
+import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
@@ -41,7 +40,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
 from pyarrow import ArrowInvalid
-from run_folder import write_json
+from recipe.run_folder import write_json
 from tasks.question_answer import final_answer
 
 import modeling_coe  # noqa: F401  registers the Auto classes
@@ -291,6 +290,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Several tasks of lm-eval import the package `evaluate`, which this file must not stand in for.
-    sys.path.remove(str(Path(__file__).resolve().parent))
     main()

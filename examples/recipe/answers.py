@@ -2,11 +2,12 @@
 """Lets a model solve problems, and counts how many of its final answers are right."""
 
 import torch
-from corpus import Example
 from tasks.question_answer import final_answer
 from transformers import PreTrainedTokenizerBase
 
 from modeling_coe import CoeForCausalLM
+
+from .corpus import Example
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`examples/evaluate.py` and the tasks beside it against plain torch, and lm-eval's own command line."""
+"""`examples/evaluation.py` and the tasks beside it against plain torch, and lm-eval's own command line."""
 
 import json
 import os
@@ -8,11 +8,11 @@ import sys
 from math import log
 from pathlib import Path
 
-import corpus
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from recipe import corpus
 from tasks import question_answer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -23,7 +23,7 @@ from .helpers import ROOT, WITHOUT_PACKAGE, tiny_model
 
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-import evaluate
+import evaluation
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._index import TaskIndex
@@ -124,7 +124,7 @@ def tokens_of(tokenizer, row) -> tuple[list[int], int]:
 def run(*argv: str | Path) -> list[dict]:
     """The records that an evaluation writes."""
     *options, out = argv
-    evaluate.main([*map(str, options), "--out", str(out)])
+    evaluation.main([*map(str, options), "--out", str(out)])
     return json.loads(Path(out).read_text())["models"]
 
 
@@ -200,8 +200,8 @@ class TestMeasures:
         (folder / "generation_config.json").write_text("{}")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-        args = evaluate.parse_arguments(["--models", str(folder), "--data", "any", "--batch-size", "4"])
-        model = evaluate.load_model(str(folder), args)
+        args = evaluation.parse_arguments(["--models", str(folder), "--data", "any", "--batch-size", "4"])
+        model = evaluation.load_model(str(folder), args)
         options = {"until": [], "max_gen_toks": 120, "do_sample": False}
         requests = [Instance("generate_until", {}, (f"{row.prompt}\n", options), 0) for row in rows[:NUM_LEARNED]]
         assert model.generate_until(requests) == [row.answer for row in rows[:NUM_LEARNED]]
@@ -289,8 +289,8 @@ class TestTasks:
             assert model._encode_pair(prompt, answer) == (ids[:start], ids[start:-1])
 
     def test_few_shot_prompts(self, rows, data):
-        args = evaluate.parse_arguments(["--models", "any", "--data", str(data), "--num-fewshot", "2"])
-        _, tasks = evaluate.load_tasks(args)
+        args = evaluation.parse_arguments(["--models", "any", "--data", str(data), "--num-fewshot", "2"])
+        _, tasks = evaluation.load_tasks(args)
         texts = {f"{row.prompt}\n{row.answer}" for row in rows}
         for task in tasks:
             task.set_fewshot_seed(0)
@@ -320,8 +320,8 @@ class TestTasks:
         assert record["tasks"]["texts"]["bits_per_byte,none"] > 0 and "perplexity" not in record
         assert re.search(r"\|texts", capsys.readouterr().out)
 
-    def test_the_script_does_not_hide_the_package_of_its_name(self, tmp_path):
-        """Tasks of lm-eval import `evaluate`, which is not `examples/evaluate.py`."""
+    def test_the_script_hides_no_package(self, tmp_path):
+        """Tasks of lm-eval import `evaluate`, which nothing in `examples/` may stand in for."""
         (tmp_path / "names.py").write_text(
             "import evaluate\n\n\ndef text(document):\n    return evaluate.load.__name__\n"
         )
@@ -331,7 +331,7 @@ class TestTasks:
             'test_split: test\ndoc_to_text: !function names.text\ndoc_to_target: "{{text}}"\n'
         )
         (tmp_path / "rows.jsonl").write_text('{"text": "Ann has 7 pens."}\n')
-        script = EXAMPLES / "evaluate.py"
+        script = EXAMPLES / "evaluation.py"
         program = f"{QUICKLY}\nimport runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
         program += f"runpy.run_path({str(script)!r}, run_name='__main__')"
         tiny_model(vocab_size=300).save_pretrained(tmp_path / "model")
@@ -381,7 +381,7 @@ class TestCommandLine:
 class TestErrors:
     def fails(self, *argv: str | Path) -> str:
         with pytest.raises(SystemExit) as exit_info:
-            evaluate.main([str(word) for word in argv])
+            evaluation.main([str(word) for word in argv])
         return str(exit_info.value)
 
     @pytest.mark.parametrize(

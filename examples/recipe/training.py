@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from corpus import Blocks, add_data_options, check_data_options
-from run_folder import add_run_options, check_run_options
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
+
+from .corpus import Blocks, add_data_options, check_data_options
+from .run_folder import add_run_options, check_run_options
 
 
 if TYPE_CHECKING:
