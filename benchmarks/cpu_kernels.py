@@ -19,7 +19,7 @@ from itertools import product
 import torch
 import transformers
 
-from benchmarks.measure import SLOW, Clock, Run, alternate, spread
+from benchmarks.measure import SLOW, Clock, TimedCall, alternate, spread
 from modeling_coe import CoeConfig, cpu_kernels
 from modeling_coe.experts import sharing_weights
 from modeling_coe.modeling_coe import CoeExperts
@@ -77,7 +77,7 @@ def ratios(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namesp
     clock, call = Clock("cpu", args.threads), calls(experts, rows, backward, args)
     copied = rows * args.experts * sum(parameter[0].nbytes for parameter in experts.parameters())
 
-    def start(name: str) -> tuple[float, Run]:
+    def start(name: str) -> tuple[float, TimedCall]:
         first = clock(lambda: call(name))
         if first < 1.0:  # or else what only the first call does is a small part of it
             first = clock(lambda: call(name))

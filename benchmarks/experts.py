@@ -21,8 +21,8 @@ from benchmarks.measure import (
     CHAIN,
     SIZES,
     Benchmark,
-    Run,
     Task,
+    TimedCall,
     Work,
     distinct_experts,
     forward_and_backward,
@@ -43,7 +43,7 @@ def experts_work(config: CoeConfig, tokens: int, itemsize: int) -> Work:
     return Work(flops, distinct_experts(config, tokens) * expert * itemsize)
 
 
-def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool) -> Run:
+def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool) -> TimedCall:
     """A run of the experts in the only layer of a model."""
     config, experts = model.config, model.model.layers[0].mlp.experts
     generator = torch.Generator().manual_seed(bench.args.seed)

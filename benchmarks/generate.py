@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.measure import Benchmark, Run, Task, forward_work, parse_arguments, random_ids
+from benchmarks.measure import Benchmark, Task, TimedCall, forward_work, parse_arguments, random_ids
 from modeling_coe.releases import CACHE
 
 
@@ -28,7 +28,7 @@ def prefill_task(bench: Benchmark) -> Task:
     batch, length = PREFILL
     ids = random_ids(bench.args, batch, length)
 
-    def start(model: PreTrainedModel) -> Run:
+    def start(model: PreTrainedModel) -> TimedCall:
         model.eval()
 
         @torch.no_grad()
@@ -52,7 +52,7 @@ def decode_task(bench: Benchmark, name: str) -> Task:
     ids = random_ids(bench.args, batch, context)
 
     @torch.no_grad()
-    def start(model: PreTrainedModel) -> Run:
+    def start(model: PreTrainedModel) -> TimedCall:
         model.eval().set_experts_implementation("grouped_mm")  # what decodes best may not be able to read a prompt
         prompt_cache = DynamicCache(config=model.config)
         logits = model(input_ids=ids, **{CACHE: prompt_cache}, use_cache=True, logits_to_keep=1).logits

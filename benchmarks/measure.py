@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from benchmarks.markdown import table
 from modeling_coe import CoeConfig
 
 
@@ -106,7 +107,7 @@ DEFAULT_IMPLEMENTATION = "grouped_mm"
 BATCHED_MM_LIMIT = 2 * 2**30
 SLOW = 2.0  # times the other: not measured to the last digit
 
-Run = Callable[[], float]  # does the work once and returns its seconds
+TimedCall = Callable[[], float]  # does the work once and returns its seconds
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def quiet_collector() -> Iterator[None]:
         gc.unfreeze()
 
 
-def alternate(runs: dict[str, Run], rounds: int, label: str = "") -> dict[str, list[float]]:
+def alternate(runs: dict[str, TimedCall], rounds: int, label: str = "") -> dict[str, list[float]]:
     """Runs all of them in every round, in reverse order in every second one.
 
     Returns:
@@ -387,7 +388,7 @@ class Task(NamedTuple):
     name: str
     tokens: int
     work: Callable[[CoeConfig], list[Work]]
-    start: Callable[[PreTrainedModel], Run]
+    start: Callable[[PreTrainedModel], TimedCall]
     training: bool = False
 
 
@@ -454,7 +455,7 @@ class Benchmark:
         self.native_samples: dict[str, dict[str, list[float]]] = {}
         self.comparisons: list[Comparison] = []
 
-    def possible(self, label: str, implementation: str, config: PreTrainedConfig, task: Task, run: Run) -> bool:
+    def possible(self, label: str, implementation: str, config: PreTrainedConfig, task: Task, run: TimedCall) -> bool:
         """Whether an implementation can do a task, which is tried; notes why where it cannot."""
         why = refusal(implementation, config, task.tokens, task.training, self.itemsize)
         if why is None:
@@ -466,7 +467,7 @@ class Benchmark:
             self.skipped[label] = why
         return why is None
 
-    def native_best(self, task: Task, native: PreTrainedModel, run: Run) -> str:
+    def native_best(self, task: Task, native: PreTrainedModel, run: TimedCall) -> str:
         """Name of the native model's fastest implementation in a short run, which is made once per task."""
         if task.name not in self.native_samples:
             runs = {name: using(native, name, run) for name in NATIVE_IMPLEMENTATIONS}
@@ -504,7 +505,7 @@ class Benchmark:
                         work = task.work(config)
                         self.add(Comparison(task.name, variant, name, best, *samples, work=work, tokens=task.tokens))
 
-    def pairs(self, ours: Run, native: Run, label: str) -> tuple[list[float], list[float]]:
+    def pairs(self, ours: TimedCall, native: TimedCall, label: str) -> tuple[list[float], list[float]]:
         """Paired samples of two runs that are warm; few where ours is so slow that nobody needs its third digit."""
         runs, few = {"ours": ours, "native": native}, min(2, self.args.pairs)
         samples = alternate(runs, few, label)
@@ -547,7 +548,7 @@ class Benchmark:
         return results
 
 
-def using(model: PreTrainedModel, implementation: str, run: Run) -> Run:
+def using(model: PreTrainedModel, implementation: str, run: TimedCall) -> TimedCall:
     """The run with an experts implementation, chosen outside of the time that is measured."""
 
     def run_with_implementation() -> float:
@@ -591,11 +592,30 @@ def quantity(value: float, unit: str) -> str:
     return f"{value * 1e3:,.4g} ms" if unit == "s" else f"{value / 2**20:,.1f} MiB"
 
 
-def verdict(row: dict[str, Any], name: str) -> str:
+def target_note(row: dict[str, Any], name: str) -> str:
     """The target of a figure and whether it is met."""
     if f"{name}_target" not in row:
         return ""
     return f"<= {row[f'{name}_target']:.2f}: {'met' if row[f'{name}_met'] else 'not met'}"
+
+
+def ratio_cells(row: dict[str, Any]) -> list[str]:
+    ratio, unit = row["ratio"], row["unit"]
+    return [
+        *(row["task"], row["variant"], row["implementation"], quantity(row["ours_median"], unit)),
+        f"{quantity(row['native_median'], unit)} ({row['native_implementation']})",
+        f"{ratio['median']:.3f}",
+        f"{ratio['q1']:.3f} to {ratio['q3']:.3f}",
+        f"{ratio['min']:.3f} to {ratio['max']:.3f}",
+        target_note(row, "ratio"),
+    ]
+
+
+def distance_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        *(row["task"], row["variant"], row["implementation"], f"{row['tokens_per_second']:,.0f}"),
+        *(quantity(row["least_seconds"], "s"), f"{row['distance']:.2f}", target_note(row, "distance")),
+    ]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -611,30 +631,22 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Ratio: CoE over native's best, median over {settings['pairs']} pairs of runs. Below 1 is better.",
         "",
-        "| task | model | experts | CoE | native (experts) | ratio | quartiles | range | target |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
     ]
-    for row in results["comparisons"]:
-        ratio, unit = row["ratio"], row["unit"]
-        lines.append(
-            f"| {row['task']} | {row['variant']} | {row['implementation']} | {quantity(row['ours_median'], unit)} "
-            f"| {quantity(row['native_median'], unit)} ({row['native_implementation']}) "
-            f"| {ratio['median']:.3f} | {ratio['q1']:.3f} to {ratio['q3']:.3f} "
-            f"| {ratio['min']:.3f} to {ratio['max']:.3f} | {verdict(row, 'ratio')} |"
-        )
+    lines += table(
+        ("task", "model", "experts", "CoE", "native (experts)", "ratio", "quartiles", "range", "target"),
+        map(ratio_cells, results["comparisons"]),
+        "lllrrrlll",
+    )
     lines += [
         "",
         "Distance to the machine: CoE's time over the least time its FLOPs and bytes take at the machine's own rates.",
         "",
-        "| task | model | experts | tokens/s | least time | distance | target |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
-    for row in results["comparisons"]:
-        if "distance" in row:
-            lines.append(
-                f"| {row['task']} | {row['variant']} | {row['implementation']} | {row['tokens_per_second']:,.0f} "
-                f"| {quantity(row['least_seconds'], 's')} | {row['distance']:.2f} | {verdict(row, 'distance')} |"
-            )
+    lines += table(
+        ("task", "model", "experts", "tokens/s", "least time", "distance", "target"),
+        (distance_cells(row) for row in results["comparisons"] if "distance" in row),
+        "lllrrrl",
+    )
     if results["skipped"]:
         lines += ["", "Not measured:", ""]
         lines += [f"- {what}: {why}" for what, why in results["skipped"].items()]

@@ -25,8 +25,8 @@ from benchmarks.measure import (
     SIZES,
     Benchmark,
     Comparison,
-    Run,
     Task,
+    TimedCall,
     Work,
     adamw_work,
     build,
@@ -64,7 +64,7 @@ def time_tasks(bench: Benchmark) -> None:
     batch, length = SIZES[bench.args.size].train
     ids = random_ids(bench.args, batch, length)
 
-    def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> Run:
+    def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> TimedCall:
         model.train()
         return lambda: bench.clock(lambda: training_step(model, ids, optimizer))
 

@@ -147,7 +147,7 @@ def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
-def verdict(row: dict[str, Any]) -> str:
+def conclusion(row: dict[str, Any]) -> str:
     if row["interval_95"] >= abs(row["mean_difference"]):
         return "cannot tell"
     return "the chain is better" if row["mean_difference"] < 0 else "the chain is worse"
@@ -173,7 +173,7 @@ def markdown(results: dict[str, Any]) -> str:
         )
         lines.append(
             f"| {split} | {before:.4f} | {identity:.4f} | {chain:.4f} | "
-            f"{row['mean_difference']:+.4f} ± {row['interval_95']:.4f} | {verdict(row)} |"
+            f"{row['mean_difference']:+.4f} ± {row['interval_95']:.4f} | {conclusion(row)} |"
         )
     lines += ["", "| seed | held-out data | identity | split | difference |", "| ---: | --- | ---: | ---: | ---: |"]
     for split, row in results["summary"].items():

@@ -39,7 +39,7 @@ from recipe.corpus import (
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
 from recipe.training import (
-    Run,
+    FinishedRun,
     add_options,
     check_options,
     finished_run,
@@ -86,7 +86,7 @@ def train(
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
-) -> Run:
+) -> FinishedRun:
     """Trains an adapter from the start, or from a checkpoint, to the last step."""
     if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
         return finished_run(PeftModel.from_pretrained(base, checkpoint, is_trainable=True), checkpoint)

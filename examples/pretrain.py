@@ -43,7 +43,7 @@ from recipe.corpus import (
 from recipe.report import held_out_table, report, unigram_loss
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run
 from recipe.training import (
-    Run,
+    FinishedRun,
     add_options,
     check_options,
     finished_run,
@@ -188,7 +188,7 @@ def train(
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
-) -> Run:
+) -> FinishedRun:
     """Trains from the start, or from a checkpoint, to the last step."""
     config = model.config
     print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
@@ -199,7 +199,7 @@ def train(
 
 def report_run(
     args: argparse.Namespace,
-    run: Run,
+    run: FinishedRun,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     train_blocks: torch.Tensor,

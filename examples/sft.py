@@ -31,7 +31,7 @@ from recipe.corpus import Example, choose_tokenizer, load_corpus
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
 from recipe.training import (
-    Run,
+    FinishedRun,
     Stopwatch,
     add_options,
     check_options,
@@ -118,7 +118,7 @@ def train(
     conversations: Dataset,
     held_out: dict[str, Dataset],
     checkpoint: Path | None,
-) -> Run:
+) -> FinishedRun:
     """Trains from the start, or from a checkpoint, to the last step."""
     if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
@@ -142,7 +142,7 @@ def train(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
     tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # up to the last evaluation
-    return Run(trainer.model, log, tokens / stopwatch.seconds)
+    return FinishedRun(trainer.model, log, tokens / stopwatch.seconds)
 
 
 def finetune(args: argparse.Namespace) -> None:

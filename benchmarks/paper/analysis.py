@@ -185,7 +185,7 @@ def verdict(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Finding:
     """What the runs say about a contrast: losses of both by measure, seed by seed, and the number of seeds for which
     the first diverged and the second did not."""
 
@@ -306,14 +306,14 @@ class Evidence:
             if None not in (self.final(runs[seed]), self.final(others[seed]))
         ]
 
-    def compare(self, contrast: Contrast) -> Comparison:
+    def compare(self, contrast: Contrast) -> Finding:
         """All that the runs say about a contrast."""
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
         diverged = sum(
             self.final(runs[seed]) is None and self.final(others[seed]) is not None
             for seed in runs.keys() & others.keys()
         )
-        return Comparison(contrast, {measure: self.pairs(contrast, measure) for measure in MEASURES}, diverged)
+        return Finding(contrast, {measure: self.pairs(contrast, measure) for measure in MEASURES}, diverged)
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

@@ -120,11 +120,11 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
     """All paired differences with their intervals, at equal steps and at equal seconds, in percent of the loss."""
     colors = {"steps": "C0", "seconds": "C3"}
     rows = [
-        (f"{experiment.name}: {contrast.label}", {measure: comparison.relative(measure) for measure in colors})
+        (f"{experiment.name}: {contrast.label}", {measure: finding.relative(measure) for measure in colors})
         for experiment in evidence.scale.experiments
         for contrast in experiment.contrasts
-        if (comparison := evidence.compare(contrast)).differences["steps"] is not None
-        and comparison.differences["steps"].count > 1
+        if (finding := evidence.compare(contrast)).differences["steps"] is not None
+        and finding.differences["steps"].count > 1
     ][::-1]
     if not rows:
         return False

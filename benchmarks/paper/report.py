@@ -17,8 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from benchmarks.paper import analysis, results
-from benchmarks.paper.analysis import MEASURES, Comparison, Curve, Estimate, Evidence, standard_error
+from benchmarks.paper.analysis import MEASURES, Curve, Estimate, Evidence, Finding, standard_error
 from benchmarks.paper.experiments import (
     BASELINES,
     OFFICIAL,
@@ -56,10 +57,8 @@ PAPER_SECONDS = {moe(OFFICIAL): 989, moe(OFFICIAL, 16): 1451, moe(OFFICIAL, 24):
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column is text, the others are figures."""
-    header = list(header)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+    """Lines of a table and the empty one that ends it."""
+    return [*markdown.table(list(header), rows), ""]
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -176,12 +175,12 @@ def summary(evidence: Evidence) -> list[str]:
         if experiment.name not in ("figure_3a", "second_data"):
             continue
         compared = [evidence.compare(contrast) for contrast in experiment.contrasts]
-        if any(comparison.differences["steps"] is None for comparison in compared):
+        if any(finding.differences["steps"] is None for finding in compared):
             continue
         official, prenorm, standard, rule, _ = compared
 
-        def told(comparison: Comparison) -> str:
-            return f"{percent(comparison.relative())} ({comparison.verdict()})"
+        def told(finding: Finding) -> str:
+            return f"{percent(finding.relative())} ({finding.verdict()})"
 
         lines += [
             f"On {data_of(evidence, experiment)}, at equal routed FLOPs and steps "
@@ -218,7 +217,7 @@ def claims(evidence: Evidence) -> list[str]:
         for contrast in experiment.contrasts
         if contrast.claim is not None
     ]
-    verdicts = {claim_as_run(evidence, comparison.contrast): comparison.verdict() for _, comparison in compared}
+    verdicts = {claim_as_run(evidence, finding.contrast): finding.verdict() for _, finding in compared}
     counts = Counter(verdicts.values())
     tally = ", ".join(f"{each} {counts[each]}" for each in analysis.VERDICTS if each in counts)
     repeated = len(compared) - len(verdicts)
@@ -241,8 +240,8 @@ def claim_as_run(evidence: Evidence, contrast: Contrast) -> tuple[str | None, Ar
     return contrast.claim, evidence.as_run(contrast.arm), evidence.as_run(contrast.against)
 
 
-def claim_row(evidence: Evidence, experiment: Experiment, comparison: Comparison) -> list[str]:
-    contrast, theirs = comparison.contrast, comparison.paper
+def claim_row(evidence: Evidence, experiment: Experiment, finding: Finding) -> list[str]:
+    contrast, theirs = finding.contrast, finding.paper
 
     def versus(loss: float, against: float) -> str:
         return f"{loss:.4f} vs {against:.4f}"
@@ -253,11 +252,11 @@ def claim_row(evidence: Evidence, experiment: Experiment, comparison: Comparison
         evidence.scale.data[contrast.arm.data].name,
         contrast.rule,
         f"{versus(*theirs)} ({theirs[0] / theirs[1] - 1:+.1%})" if theirs else "-",
-        versus(*losses) if (losses := comparison.losses["steps"]) else "-",
-        percent(comparison.relative()) + (f", {comparison.diverged} diverged" if comparison.diverged else ""),
-        f"**{comparison.verdict()}**",
-        *(f"{percent(comparison.relative(measure))}, {comparison.verdict(measure)}" for measure in MEASURES[1:]),
-        pairs_of(experiment, comparison.differences["steps"]),
+        versus(*losses) if (losses := finding.losses["steps"]) else "-",
+        percent(finding.relative()) + (f", {finding.diverged} diverged" if finding.diverged else ""),
+        f"**{finding.verdict()}**",
+        *(f"{percent(finding.relative(measure))}, {finding.verdict(measure)}" for measure in MEASURES[1:]),
+        pairs_of(experiment, finding.differences["steps"]),
     ]
 
 
@@ -305,10 +304,10 @@ def experiment_section(evidence: Evidence, experiment: Experiment, image: str | 
     at_equal = (f"at equal {measure}" for measure in MEASURES)
     rows = []
     for contrast in experiment.contrasts:
-        comparison = evidence.compare(contrast)
+        finding = evidence.compare(contrast)
         early = analysis.paired_difference(evidence.pairs(contrast, "steps", share=EARLY))
-        cells = map(with_interval, (early, *(comparison.differences[measure] for measure in MEASURES)))
-        rows.append([contrast.label, *cells, pairs_of(experiment, comparison.differences["steps"])])
+        cells = map(with_interval, (early, *(finding.differences[measure] for measure in MEASURES)))
+        rows.append([contrast.label, *cells, pairs_of(experiment, finding.differences["steps"])])
     lines += table(("difference", f"after {EARLY:.0%} of the steps", *at_equal, "pairs"), rows)
     return [*lines, *([f"![{experiment.title}]({image})", ""] if image else [])]
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .answers import exact_match
 from .corpus import Corpus, Example
 from .run_folder import settings_of, write_json
-from .training import Run
+from .training import FinishedRun
 
 
 LossTable = dict[str, dict[str, float]]  # by split: "before" and "trained", and "unigram" where it is known
@@ -71,7 +71,7 @@ def print_report(results: dict[str, Any]) -> None:
 
 def report(
     args: argparse.Namespace,
-    run: Run,
+    run: FinishedRun,
     table: LossTable,
     corpus: Corpus,
     solver: Callable[[list[Example]], list[str]],
@@ -82,7 +82,7 @@ def report(
 
     Args:
         args (`argparse.Namespace`): All options of the run, those of generation among them.
-        run (`Run`): What training gave.
+        run (`FinishedRun`): What training gave.
         table (`LossTable`): Held-out losses.
         corpus (`Corpus`): With the problems of every held-out split.
         solver (`Callable[[list[Example]], list[str]]`): Gives the model's continuations of the prompts.

@@ -179,7 +179,7 @@ def save_and_reload(
     return loaded, AutoTokenizer.from_pretrained(folder)
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """A finished training run: the model, the whole log, and the speed of the part this process did, if any."""
 
     model: PreTrainedModel | PeftModel
@@ -187,14 +187,14 @@ class Run(NamedTuple):
     tokens_per_second: float | None
 
 
-def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Run:
+def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> FinishedRun:
     """The run whose last checkpoint this is; `Trainer` would take one step more.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Loaded from the checkpoint.
         checkpoint (`Path`): A complete one.
     """
-    return Run(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
+    return FinishedRun(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
 
 
 def train_on_blocks(
@@ -203,7 +203,7 @@ def train_on_blocks(
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
-) -> Run:
+) -> FinishedRun:
     """Trains with `Trainer`, from the start or from a checkpoint, to the last step.
 
     Args:
@@ -223,4 +223,4 @@ def train_on_blocks(
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
-    return Run(model, trainer.state.log_history, tokens / stopwatch.seconds)
+    return FinishedRun(model, trainer.state.log_history, tokens / stopwatch.seconds)
