@@ -22,10 +22,10 @@ A solution ends at the end-of-sequence token of the tokenizer or one of the mode
 few-shot examples, or at `--max-new-tokens`. Few-shot examples are drawn from the other rows of the data.
 """
 
-import argparse
+from dataclasses import asdict, dataclass
 from math import exp, log
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import recipe.openmp  # noqa: F401  before torch
 
@@ -41,12 +41,12 @@ from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
 from pyarrow import ArrowInvalid
 from recipe.run_folder import write_json
+from recipe.settings import parse, setting
 from tasks.question_answer import final_answer
 
 import modeling_coe  # noqa: F401  registers the Auto classes
 from modeling_coe.command_line import (
     InputError,
-    OptionParser,
     check_device,
     check_folder,
     check_not_negative,
@@ -70,96 +70,101 @@ class Measure(NamedTuple):
     error: float | None
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    _argument_group_name: ClassVar[str] = "evaluation"
+    models: list[str] = setting(help="folders or Hub names")
+    trust_remote_code: bool = setting(False, "run code that a model carries")
+    model_args: str = setting("", "more of lm-eval's `hf` model: dtype=bfloat16,peft=FOLDER")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "what torch calls it")
+    data: str | None = setting(None, "parquet or JSON-lines file of question/answer pairs")
+    prompt_column: str = setting("question", "column with the prompts")
+    answer_column: str = setting("answer", "column with the answers")
+    tasks: list[str] = setting([], "tasks of lm-eval: names, or YAML files")
+    limit: int | None = setting(None, "problems of each task; all if not given")
+    num_fewshot: int | None = setting(None, "examples in a prompt; 0, or as a task says, if not given")
+    batch_size: int = setting(16, "texts at a time")
+    max_new_tokens: int = setting(256, "of a solution of the data's problems")
+    out: Path | None = setting(None, "JSON file for the results")
+
+
+def parse_settings(argv: list[str] | None = None) -> EvaluationSettings:
     """Reads the command line and checks what can be checked without data and models."""
-    parser = OptionParser(__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", required=True, help="folders or Hub names")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a model carries")
-    parser.add_argument("--model-args", default="", help="more of lm-eval's `hf` model: dtype=bfloat16,peft=FOLDER")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", help="parquet or JSON-lines file of question/answer pairs")
-    parser.add_argument("--prompt-column", default="question")
-    parser.add_argument("--answer-column", default="answer")
-    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval: names, or YAML files")
-    parser.add_argument("--limit", type=int, help="problems of each task; all if not given")
-    parser.add_argument("--num-fewshot", type=int, help="examples in a prompt; 0, or as a task says, if not given")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of a solution of the data's problems")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args(argv)
-    if args.data is None and not args.tasks:
+    settings = parse(EvaluationSettings, __doc__.splitlines()[0], argv)
+    if settings.data is None and not settings.tasks:
         raise InputError("Neither --data nor --tasks is given; give one of them, or both.")
-    check_positive(args, "batch_size", "max_new_tokens")
-    if args.limit is not None:
-        check_positive(args, "limit")
-    if args.num_fewshot is not None:
-        check_not_negative(args, "num_fewshot")
-    check_device(args.device)
-    if args.out is not None:
-        check_folder("out", args.out.parent)
-        if args.out.is_dir():
+    check_positive(settings, "batch_size", "max_new_tokens")
+    if settings.limit is not None:
+        check_positive(settings, "limit")
+    if settings.num_fewshot is not None:
+        check_not_negative(settings, "num_fewshot")
+    check_device(settings.device)
+    if settings.out is not None:
+        check_folder("out", settings.out.parent)
+        if settings.out.is_dir():
             raise InputError(
-                f"--out {args.out} is a folder. Give the name of a file, such as {args.out}/results.json."
+                f"--out {settings.out} is a folder. Give the name of a file, such as {settings.out}/results.json."
             )
-    return args
+    return settings
 
 
-def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list[Task]]:
+def load_tasks(settings: EvaluationSettings) -> tuple[TaskManager, list[Task]]:
     """lm-eval's index of tasks, and of these the ones on `--data`.
 
     Raises:
         InputError: A task does not exist, or the data cannot be read.
     """
-    metadata = {name: getattr(args, name) for name in ("data", "prompt_column", "answer_column")}
+    metadata = {name: getattr(settings, name) for name in ("data", "prompt_column", "answer_column")}
     # Indexing lm-eval's own tasks takes a while.
-    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(args.tasks), metadata=metadata)
-    for name in args.tasks:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(settings.tasks), metadata=metadata)
+    for name in settings.tasks:
         if name in (PERPLEXITY, EXACT_MATCH):
             raise InputError(f"--tasks {name} is what --data runs. Give --data, and leave this task out.")
         if name not in manager.all_tasks and not Path(name).is_file():
             raise InputError(f"--tasks {name} does not exist. `lm-eval ls tasks` lists names; or give a YAML file.")
-    if args.data is None:
+    if settings.data is None:
         return manager, []
     try:
         tasks = manager.load(PERPLEXITY)["tasks"]
         answers = tasks[PERPLEXITY].dataset["test"]["answer"]
         if None in map(final_answer, answers):
-            print(f"--data {args.data} has answers without a number after ####: there is no exact match.")
+            print(f"--data {settings.data} has answers without a number after ####: there is no exact match.")
         else:
             tasks |= manager.load(EXACT_MATCH)["tasks"]
-            tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": args.max_new_tokens}, update=True)
+            tasks[EXACT_MATCH].set_config("generation_kwargs", {"max_gen_toks": settings.max_new_tokens}, update=True)
     except (DatasetsError, OSError, UnicodeDecodeError, ArrowInvalid) as error:
         raise InputError(
-            f"--data {args.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in "
+            f"--data {settings.data} cannot be read: {one_line(error)} Give a readable parquet file, or JSON lines in "
             "UTF-8."
         ) from error
     except ValueError as error:  # of `tasks/question_answer.py`
-        raise InputError(f"--data {args.data}: {one_line(error)}") from error
-    if (args.num_fewshot or 0) >= len(answers):
+        raise InputError(f"--data {settings.data}: {one_line(error)}") from error
+    if (settings.num_fewshot or 0) >= len(answers):
         raise InputError(
-            f"--num-fewshot is {args.num_fewshot}, but --data {args.data} has {len(answers)} rows; choose fewer."
+            f"--num-fewshot is {settings.num_fewshot}, but --data {settings.data} has {len(answers)} rows; choose "
+            "fewer."
         )
     return manager, list(tasks.values())
 
 
-def load_model(name: str, args: argparse.Namespace) -> HFLM:
+def load_model(name: str, settings: EvaluationSettings) -> HFLM:
     """One of the models, in lm-eval's wrapper.
 
     Raises:
         InputError: It cannot be loaded, or cannot solve problems in `--max-new-tokens`.
     """
-    options = simple_parse_args_string(args.model_args)
-    options |= {"pretrained": name, "trust_remote_code": args.trust_remote_code, "backend": "causal"}
-    options |= {"device": args.device, "batch_size": args.batch_size}
-    given = f"--models {name}" + (f" with --model-args {args.model_args}" if args.model_args else "")
+    options = simple_parse_args_string(settings.model_args)
+    options |= {"pretrained": name, "trust_remote_code": settings.trust_remote_code, "backend": "causal"}
+    options |= {"device": settings.device, "batch_size": settings.batch_size}
+    given = f"--models {name}" + (f" with --model-args {settings.model_args}" if settings.model_args else "")
     with loading(given, "Give folders or Hub names of causal language models with their tokenizers."):
         model = HFLM(**options)
     if model.eot_token_id is None:
         raise InputError(f"--models {name}: the tokenizer has no `eos_token`. Set it in its tokenizer_config.json.")
-    if args.data is not None and args.max_new_tokens >= model.max_length:
+    if settings.data is not None and settings.max_new_tokens >= model.max_length:
         raise InputError(
-            f"--max-new-tokens is {args.max_new_tokens}, which leaves no room for a prompt in the {model.max_length} "
-            f"positions of --models {name}. Choose fewer."
+            f"--max-new-tokens is {settings.max_new_tokens}, which leaves no room for a prompt in the "
+            f"{model.max_length} positions of --models {name}. Choose fewer."
         )
     # lm-eval ends a batch where all its sequences have this token, but generation ends each of them at its own.
     ends = model.model.generation_config.eos_token_id
@@ -202,20 +207,20 @@ def likelihoods(model: HFLM, samples: list[dict[str, Any]]) -> dict[str, Measure
     }
 
 
-def evaluate(name: str, args: argparse.Namespace, manager: TaskManager, tasks: list[Task]) -> dict[str, Any]:
+def evaluate(name: str, settings: EvaluationSettings, manager: TaskManager, tasks: list[Task]) -> dict[str, Any]:
     """Evaluates one model.
 
     Returns:
         `dict[str, Any]`: Its sizes, its measures on the data, and `tasks`, lm-eval's results of all tasks.
     """
-    model = load_model(name, args)
+    model = load_model(name, settings)
     output = lm_eval.simple_evaluate(
         model,
-        tasks=[*args.tasks, *tasks],
+        tasks=[*settings.tasks, *tasks],
         task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        batch_size=args.batch_size,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
     )
     results, samples = output["results"], output["samples"]
     # A CoE model's configuration knows what it costs, but not what an adapter on it does.
@@ -226,7 +231,7 @@ def evaluate(name: str, args: argparse.Namespace, manager: TaskManager, tasks: l
     if EXACT_MATCH in samples:
         value, error = (results[EXACT_MATCH][f"exact_match{kind},none"] for kind in ("", "_stderr"))
         measures["exact_match"] = Measure(value, None if error == "N/A" else error)
-    if args.tasks:
+    if settings.tasks:
         print(f"\n{name}\n{make_table(output)}")
     return {
         "model": name,
@@ -274,16 +279,16 @@ def table(records: list[dict[str, Any]]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    manager, tasks = load_tasks(args)
+    settings = parse_settings(argv)
+    manager, tasks = load_tasks(settings)
     records = []
     try:
-        for name in args.models:
-            records.append(evaluate(name, args, manager, tasks))
-            if args.out is not None:
-                make_folder("out", args.out.parent)
-                settings = vars(args) | {"out": str(args.out)}
-                write_json(args.out, {"lm_eval": lm_eval.__version__, "settings": settings, "models": records})
+        for name in settings.models:
+            records.append(evaluate(name, settings, manager, tasks))
+            if settings.out is not None:
+                make_folder("out", settings.out.parent)
+                told = asdict(settings) | {"out": str(settings.out)}
+                write_json(settings.out, {"lm_eval": lm_eval.__version__, "settings": told, "models": records})
     finally:  # a model that fails takes no other with it
         if records:
             print(f"\n{table(records)}")

@@ -17,9 +17,9 @@ is reported are those of `pretrain.py`. The output folder holds
     loss_curve.png  the losses as a picture
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
@@ -29,7 +29,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from recipe.answers import solve
 from recipe.corpus import (
-    add_block_options,
     choose_tokenizer,
     encode_prompts,
     fingerprint_of,
@@ -38,9 +37,9 @@ from recipe.corpus import (
 )
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.settings import BlockJobSettings, parse, setting
 from recipe.training import (
     FinishedRun,
-    add_options,
     check_options,
     finished_run,
     given_config,
@@ -52,27 +51,34 @@ from recipe.training import (
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
-from modeling_coe.command_line import OptionParser, check_positive, command
+from modeling_coe.command_line import check_positive, command
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    _argument_group_name: ClassVar[str] = "adapter"
+    model: str = setting(help="folder or Hub name of a CoE model, with its tokenizer")
+    r: int = setting(8, "rank of the adapters")
+    expert_r: int | None = setting(None, "rank of the routed experts' adapters; --r if not given")
+    alpha: int = setting(16, "lora_alpha: adapters are scaled by alpha / r")
+    routers: bool = setting(False, "adapt the routers too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(AdapterSettings, BlockJobSettings):
+    steps: int = 400
+    lr: float = 2e-3
+    warmup_steps: int = 20
+
+
+def parse_settings(argv: list[str] | None = None) -> LoraSettings:
     """Reads the command line and checks what can be checked without data."""
-    parser = OptionParser(__doc__.splitlines()[0])
-    add_block_options(parser)
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
-    adapter.add_argument("--r", type=int, default=8, help="rank of the adapters")
-    adapter.add_argument("--expert-r", type=int, help="rank of the routed experts' adapters; --r if not given")
-    adapter.add_argument("--alpha", type=int, default=16, help="lora_alpha: adapters are scaled by alpha / r")
-    adapter.add_argument("--routers", action="store_true", help="adapt the routers too")
-    add_options(parser, steps=400, lr=2e-3, warmup_steps=20)
-
-    args = parser.parse_args(argv)
-    check_options(args)
-    check_positive(args, "block_size", "eval_blocks", "r", "alpha")
-    if args.expert_r is not None:
-        check_positive(args, "expert_r")
-    return args
+    settings = parse(LoraSettings, __doc__.splitlines()[0], argv)
+    check_options(settings)
+    check_positive(settings, "block_size", "eval_blocks", "r", "alpha")
+    if settings.expert_r is not None:
+        check_positive(settings, "expert_r")
+    return settings
 
 
 def weights_fingerprint(model: CoeForCausalLM) -> str:
@@ -81,20 +87,22 @@ def weights_fingerprint(model: CoeForCausalLM) -> str:
 
 
 def train(
-    args: argparse.Namespace,
+    settings: LoraSettings,
     base: CoeForCausalLM,
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
     checkpoint: Path | None,
 ) -> FinishedRun:
     """Trains an adapter from the start, or from a checkpoint, to the last step."""
-    if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
+    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
         return finished_run(PeftModel.from_pretrained(base, checkpoint, is_trainable=True), checkpoint)
-    set_seed(args.seed)
-    adapters = lora_config(base, r=args.r, expert_r=args.expert_r, lora_alpha=args.alpha, routers=args.routers)
+    set_seed(settings.seed)
+    adapters = lora_config(
+        base, r=settings.r, expert_r=settings.expert_r, lora_alpha=settings.alpha, routers=settings.routers
+    )
     model = get_peft_model(base, adapters)
     print(describe_adapter(model))
-    return train_on_blocks(args, model, train_blocks, held_out_blocks, checkpoint)
+    return train_on_blocks(settings, model, train_blocks, held_out_blocks, checkpoint)
 
 
 def describe_adapter(model: PeftModel) -> str:
@@ -104,7 +112,7 @@ def describe_adapter(model: PeftModel) -> str:
 
 
 def save_and_merge(
-    args: argparse.Namespace, config: CoeConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+    settings: LoraSettings, config: CoeConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[CoeForCausalLM, dict[str, Any]]:
     """Saves the adapter, loads it onto the base model loaded anew, and saves the two merged.
 
@@ -112,13 +120,13 @@ def save_and_merge(
         The merged model, and for `results.json` the size of the adapter, the largest differences of a logit and, of a
         converted chain, how far the scales of each layer moved.
     """
-    adapter_folder = args.output_dir / "adapter"
+    adapter_folder = settings.output_dir / "adapter"
     model.save_pretrained(adapter_folder)
     tokenizer.save_pretrained(adapter_folder)
-    loaded = PeftModel.from_pretrained(given_model(args.model, config), adapter_folder).to(model.device)
+    loaded = PeftModel.from_pretrained(given_model(settings.model, config), adapter_folder).to(model.device)
     loading = logit_difference(model, loaded)
     merged = loaded.merge_and_unload()
-    moved = scale_movement(given_model(args.model, config), merged)
+    moved = scale_movement(given_model(settings.model, config), merged)
     merging = logit_difference(model, merged)
     print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
     if not max(loading, merging) < 1e-3:
@@ -127,7 +135,7 @@ def save_and_merge(
         layer = max(moved, key=moved.get)
         print(f"Iteration scales moved by up to {moved[layer]:.2e} (layer {layer}).")
     adapter, total = model.get_nb_trainable_parameters()
-    merged, _ = save_and_reload(merged, tokenizer, args.output_dir / "model")
+    merged, _ = save_and_reload(merged, tokenizer, settings.output_dir / "model")
     return merged, {
         "adapter_parameters": adapter,
         "model_parameters": total - adapter,
@@ -146,33 +154,33 @@ def scale_movement(base: CoeForCausalLM, tuned: CoeForCausalLM) -> dict[int, flo
     }
 
 
-def finetune(args: argparse.Namespace) -> None:
+def finetune(settings: LoraSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(args)
-    config = given_config(args.model)
-    corpus = load_corpus(args)
-    tokenizer = choose_tokenizer(args, corpus)
-    train_blocks, held_out_blocks = pack_corpus(args, corpus, tokenizer)
-    base = given_model(args.model, config)
+    check_output_dir(settings)
+    config = given_config(settings.model)
+    corpus = load_corpus(settings, settings.seed)
+    tokenizer = choose_tokenizer(settings, corpus)
+    train_blocks, held_out_blocks = pack_corpus(settings, corpus, tokenizer)
+    base = given_model(settings.model, config)
     fingerprint = f"{fingerprint_of(train_blocks, held_out_blocks)}-{weights_fingerprint(base)}"
-    checkpoint = open_run(args, tokenizer, fingerprint)
-    run = train(args, base, train_blocks, held_out_blocks, checkpoint)
-    model, facts = save_and_merge(args, config, run.model, tokenizer)
+    checkpoint = open_run(settings, tokenizer, fingerprint)
+    run = train(settings, base, train_blocks, held_out_blocks, checkpoint)
+    model, facts = save_and_merge(settings, config, run.model, tokenizer)
     report(
-        args,
+        settings,
         run,
         held_out_table(run.log, held_out_blocks),
         corpus,
-        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), args.max_new_tokens),
+        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), settings.max_new_tokens),
         title="Chain-of-Experts, LoRA fine-tuning",
-        training_tokens=args.steps * args.batch_size * args.block_size,
+        training_tokens=settings.steps * settings.batch_size * settings.block_size,
         **facts,
     )
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    finetune(parse_arguments(argv))
+    finetune(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ computes bit for bit what it would have computed without the interruption. The o
     loss_curve.png  the losses as a picture
 """
 
-import argparse
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
@@ -33,7 +34,6 @@ from huggingface_hub.errors import StrictDataclassError
 from recipe.answers import solve
 from recipe.corpus import (
     Corpus,
-    add_block_options,
     choose_tokenizer,
     encode_prompts,
     fingerprint_of,
@@ -42,9 +42,9 @@ from recipe.corpus import (
 )
 from recipe.report import held_out_table, report, unigram_loss
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run
+from recipe.settings import BlockJobSettings, parse, setting
 from recipe.training import (
     FinishedRun,
-    add_options,
     check_options,
     finished_run,
     given_config,
@@ -62,7 +62,6 @@ from configuration_coe import RESIDUAL_RULES, CoeConfig
 from modeling_coe import CoeForCausalLM
 from modeling_coe.command_line import (
     InputError,
-    OptionParser,
     check_not_negative,
     check_positive,
     check_range,
@@ -74,116 +73,115 @@ from modeling_coe.command_line import (
 
 # The rules of new chains; the others are for converted models, and `none` for comparison with the official code.
 RESIDUALS = ("inner", "outer", "both", "init", "prenorm")
-# Options that a given model answers.
-SHAPE_OPTIONS = (
-    *("tokenizer", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "shared_experts"),
-    *("expert_width", "top_k", "iterations", "residual", "shared_router", "aux_loss", "init_range"),
-)
 
 
-# ---- Options --------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model, and its tokenizer; all but `model` are what a given model answers."""
+
+    _argument_group_name: ClassVar[str] = "model"
+    model: str | None = setting(None, "folder or Hub name of a CoE model to go on with; its shape is then given")
+    tokenizer: str | None = setting(None, "folder or Hub name; a byte-level BPE is trained if not given")
+    vocab_size: int = setting(1024, "of the tokenizer that is trained")
+    hidden_size: int = setting(128, "width of the residual stream")
+    num_layers: int = setting(2, "all of them sparse")
+    num_heads: int = setting(4, "of attention")
+    num_experts: int = setting(8, "routed experts (n_routed_experts)")
+    shared_experts: int = setting(1, "experts for every token (n_shared_experts)")
+    expert_width: int = setting(64, "of one expert (moe_intermediate_size)")
+    top_k: int = setting(2, "experts per token and iteration (num_experts_per_tok)")
+    iterations: int = setting(2, "length of the chain (inner_iter)")
+    residual: str = setting("inner", "rule of the chain", choices=sorted(RESIDUALS))
+    shared_router: bool = setting(False, "one router for all iterations (use_igate=False)")
+    aux_loss: float = setting(0.001, "weight of the balancing loss (aux_loss_alpha)")
+    init_range: float | None = setting(None, "initializer_range; sqrt(2 / (5 hidden_size)) if not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(ModelSettings, BlockJobSettings):
+    pass
+
+
+def parse_settings(argv: list[str] | None = None) -> PretrainSettings:
     """Reads the command line and checks what can be checked without data."""
-    parser = OptionParser(__doc__.splitlines()[0])
-    add_block_options(parser)
-    tokens = parser.add_argument_group("tokenizer")
-    tokens.add_argument("--tokenizer", help="folder or Hub name; a byte-level BPE is trained if not given")
-    tokens.add_argument("--vocab-size", type=int, default=1024, help="of the tokenizer that is trained")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="folder or Hub name of a CoE model to go on with; its shape is then given")
-    model.add_argument("--hidden-size", type=int, default=128)
-    model.add_argument("--num-layers", type=int, default=2)
-    model.add_argument("--num-heads", type=int, default=4)
-    model.add_argument("--num-experts", type=int, default=8, help="routed experts (n_routed_experts)")
-    model.add_argument("--shared-experts", type=int, default=1, help="experts for every token (n_shared_experts)")
-    model.add_argument("--expert-width", type=int, default=64, help="of one expert (moe_intermediate_size)")
-    model.add_argument("--top-k", type=int, default=2, help="experts per token and iteration (num_experts_per_tok)")
-    model.add_argument("--iterations", type=int, default=2, help="length of the chain (inner_iter)")
-    model.add_argument("--residual", choices=sorted(RESIDUALS), default="inner", help="rule of the chain")
-    model.add_argument("--shared-router", action="store_true", help="one router for all iterations (use_igate=False)")
-    model.add_argument("--aux-loss", type=float, default=0.001, help="weight of the balancing loss (aux_loss_alpha)")
-    model.add_argument("--init-range", type=float, help="initializer_range; sqrt(2 / (5 hidden_size)) if not given")
-
-    add_options(parser)
-
-    args = parser.parse_args(argv)
-    if args.model is not None:
-        for name in SHAPE_OPTIONS:
-            if getattr(args, name) != parser.get_default(name):
+    settings = parse(PretrainSettings, __doc__.splitlines()[0], argv)
+    if settings.model is not None:
+        for each in fields(ModelSettings):
+            if each.name != "model" and getattr(settings, each.name) != each.default:
                 raise InputError(
-                    f"{option(name)} is {getattr(args, name)}, but --model {args.model} has a shape and a tokenizer "
-                    "already. Leave one of the two out."
+                    f"{option(each.name)} is {getattr(settings, each.name)}, but --model {settings.model} has a shape "
+                    "and a tokenizer already. Leave one of the two out."
                 )
-    check_arguments(args)
-    return args
+    check_settings(settings)
+    return settings
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_settings(settings: PretrainSettings) -> None:
     """Raises [`InputError`] where options have no meaning, alone or together."""
-    check_options(args)
-    check_positive(args, "block_size", "eval_blocks", "hidden_size", "num_layers", "num_heads")
-    check_positive(args, "num_experts", "expert_width", "top_k", "iterations")
-    check_not_negative(args, "shared_experts")
-    check_range(args, "aux_loss", 0)
-    if args.init_range is not None:
-        check_range(args, "init_range", 0, exclusive=True)
+    check_options(settings)
+    check_positive(settings, "block_size", "eval_blocks", "hidden_size", "num_layers", "num_heads")
+    check_positive(settings, "num_experts", "expert_width", "top_k", "iterations")
+    check_not_negative(settings, "shared_experts")
+    check_range(settings, "aux_loss", 0)
+    if settings.init_range is not None:
+        check_range(settings, "init_range", 0, exclusive=True)
     # The rotary part of a head is half as wide as the rest, and even.
-    if args.hidden_size % (4 * args.num_heads):
+    if settings.hidden_size % (4 * settings.num_heads):
         raise InputError(
-            f"--hidden-size is {args.hidden_size}, which --num-heads {args.num_heads} heads cannot share in multiples "
-            f"of 4. Choose a multiple of {4 * args.num_heads}."
+            f"--hidden-size is {settings.hidden_size}, which --num-heads {settings.num_heads} heads cannot share in "
+            f"multiples of 4. Choose a multiple of {4 * settings.num_heads}."
         )
 
 
 # ---- Model and training ---------------------------------------------------------------------------------------------
 
 
-def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> CoeConfig:
+def build_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> CoeConfig:
     """The configuration of the given model, or the one that the options ask for, with the head sizes in the paper's
     proportions to the hidden size."""
-    if args.model is not None:
-        return given_config(args.model)
-    head_dim = args.hidden_size // args.num_heads
+    if settings.model is not None:
+        return given_config(settings.model)
+    head_dim = settings.hidden_size // settings.num_heads
     fields = {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": max(2048, args.block_size),
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "num_attention_heads": args.num_heads,
+        "max_position_embeddings": max(2048, settings.block_size),
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
         "q_lora_rank": None,
-        "kv_lora_rank": args.hidden_size // 2,
+        "kv_lora_rank": settings.hidden_size // 2,
         "qk_nope_head_dim": head_dim,
         "qk_rope_head_dim": head_dim // 2,
         "v_head_dim": head_dim,
-        "n_routed_experts": args.num_experts,
-        "n_shared_experts": args.shared_experts,
-        "moe_intermediate_size": args.expert_width,
-        "num_experts_per_tok": args.top_k,
-        "inner_iter": args.iterations,
-        "use_igate": not args.shared_router,
-        "aux_loss_alpha": args.aux_loss,
-        "initializer_range": args.init_range or (2 / (5 * args.hidden_size)) ** 0.5,
+        "n_routed_experts": settings.num_experts,
+        "n_shared_experts": settings.shared_experts,
+        "moe_intermediate_size": settings.expert_width,
+        "num_experts_per_tok": settings.top_k,
+        "inner_iter": settings.iterations,
+        "use_igate": not settings.shared_router,
+        "aux_loss_alpha": settings.aux_loss,
+        "initializer_range": settings.init_range or (2 / (5 * settings.hidden_size)) ** 0.5,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
-        return CoeConfig(**fields, **RESIDUAL_RULES[args.residual])
+        return CoeConfig(**fields, **RESIDUAL_RULES[settings.residual])
     except (ValueError, StrictDataclassError) as error:
         raise InputError(f"{one_line(error)} (--help tells which option sets which field.)") from error
 
 
-def build_model(args: argparse.Namespace, config: CoeConfig) -> CoeForCausalLM:
+def build_model(settings: PretrainSettings, config: CoeConfig) -> CoeForCausalLM:
     """The given model, or a new one."""
-    set_seed(args.seed)
-    return CoeForCausalLM(config) if args.model is None else given_model(args.model, config)
+    set_seed(settings.seed)
+    return CoeForCausalLM(config) if settings.model is None else given_model(settings.model, config)
 
 
 def train(
-    args: argparse.Namespace,
+    settings: PretrainSettings,
     model: CoeForCausalLM,
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
@@ -192,13 +190,13 @@ def train(
     """Trains from the start, or from a checkpoint, to the last step."""
     config = model.config
     print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
-    if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
+    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
-    return train_on_blocks(args, model, train_blocks, held_out_blocks, checkpoint)
+    return train_on_blocks(settings, model, train_blocks, held_out_blocks, checkpoint)
 
 
 def report_run(
-    args: argparse.Namespace,
+    settings: PretrainSettings,
     run: FinishedRun,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -206,36 +204,36 @@ def report_run(
     held_out_blocks: dict[str, torch.Tensor],
 ) -> None:
     """Saves the model, solves held-out problems with the saved one and reports."""
-    model, tokenizer = save_and_reload(run.model, tokenizer, args.output_dir / "model")
+    model, tokenizer = save_and_reload(run.model, tokenizer, settings.output_dir / "model")
     unigram = {split: unigram_loss(train_blocks, blocks, len(tokenizer)) for split, blocks in held_out_blocks.items()}
     report(
-        args,
+        settings,
         run,
         held_out_table(run.log, held_out_blocks, unigram=unigram),
         corpus,
-        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), args.max_new_tokens),
+        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), settings.max_new_tokens),
         title="Chain-of-Experts pre-training",
         parameters={"total": model.config.total_parameters, "active": model.config.active_parameters},
-        training_tokens=args.steps * args.batch_size * args.block_size,
+        training_tokens=settings.steps * settings.batch_size * settings.block_size,
     )
 
 
-def pretrain(args: argparse.Namespace) -> None:
+def pretrain(settings: PretrainSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(args)
-    corpus = load_corpus(args)
-    tokenizer = choose_tokenizer(args, corpus)
-    config = build_config(args, tokenizer)
-    train_blocks, held_out_blocks = pack_corpus(args, corpus, tokenizer)
-    model = build_model(args, config)
-    checkpoint = open_run(args, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
-    run = train(args, model, train_blocks, held_out_blocks, checkpoint)
-    report_run(args, run, corpus, tokenizer, train_blocks, held_out_blocks)
+    check_output_dir(settings)
+    corpus = load_corpus(settings, settings.seed)
+    tokenizer = choose_tokenizer(settings, corpus)
+    config = build_config(settings, tokenizer)
+    train_blocks, held_out_blocks = pack_corpus(settings, corpus, tokenizer)
+    model = build_model(settings, config)
+    checkpoint = open_run(settings, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
+    run = train(settings, model, train_blocks, held_out_blocks, checkpoint)
+    report_run(settings, run, corpus, tokenizer, train_blocks, held_out_blocks)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    pretrain(parse_arguments(argv))
+    pretrain(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of 
     loss_curve.png  the losses as a picture
 """
 
-import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
@@ -30,10 +31,10 @@ from recipe.answers import solve
 from recipe.corpus import Example, choose_tokenizer, load_corpus
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.settings import JobSettings, parse, setting
 from recipe.training import (
     FinishedRun,
     Stopwatch,
-    add_options,
     check_options,
     finished_run,
     given_config,
@@ -46,7 +47,7 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
-from modeling_coe.command_line import InputError, OptionParser, check_positive, command
+from modeling_coe.command_line import InputError, check_positive, command
 from modeling_coe.releases import CHECKPOINTING
 
 
@@ -57,20 +58,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and checks what can be checked without data."""
-    parser = OptionParser(__doc__.splitlines()[0])
-    conversations = parser.add_argument_group("conversations")
-    conversations.add_argument("--model", required=True, help="folder or Hub name of a CoE model, with its tokenizer")
-    conversations.add_argument("--max-length", type=int, default=512, help="tokens in a row of packed conversations")
-    conversations.add_argument("--train-examples", type=int, default=8000, help="at most so many are trained on")
-    conversations.add_argument("--eval-examples", type=int, default=200, help="of each held-out split, for its loss")
-    add_options(parser, steps=400, batch_size=4, lr=1e-3, warmup_steps=20)
+@dataclass(frozen=True, kw_only=True)
+class ConversationSettings:
+    _argument_group_name: ClassVar[str] = "conversations"
+    model: str = setting(help="folder or Hub name of a CoE model, with its tokenizer")
+    max_length: int = setting(512, "tokens in a row of packed conversations")
+    train_examples: int = setting(8000, "at most so many are trained on")
+    eval_examples: int = setting(200, "of each held-out split, for its loss")
 
-    args = parser.parse_args(argv)
-    check_options(args)
-    check_positive(args, "max_length", "train_examples", "eval_examples")
-    return args
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(ConversationSettings, JobSettings):
+    steps: int = 400
+    batch_size: int = 4
+    lr: float = 1e-3
+    warmup_steps: int = 20
+
+
+def parse_settings(argv: list[str] | None = None) -> SftSettings:
+    """Reads the command line and checks what can be checked without data."""
+    settings = parse(SftSettings, __doc__.splitlines()[0], argv)
+    check_options(settings)
+    check_positive(settings, "max_length", "train_examples", "eval_examples")
+    return settings
 
 
 def as_messages(example: Example) -> dict[str, list[dict[str, str]]]:
@@ -91,7 +101,7 @@ def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
     return short_hash(repr(row).encode() for dataset in (train, *held_out.values()) for row in dataset)
 
 
-def check_lengths(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
+def check_lengths(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
     """Says how many held-out conversations `SFTTrainer` will leave out, since nothing of their answers is within
     `--max-length`; those of training are packed.
 
@@ -102,17 +112,18 @@ def check_lengths(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
         prompts = tokenizer.apply_chat_template(
             list(conversations["prompt"]), add_generation_prompt=True, return_dict=False
         )
-        too_long = sum(len(prompt) >= args.max_length for prompt in prompts)
+        too_long = sum(len(prompt) >= settings.max_length for prompt in prompts)
         if too_long == len(prompts):
             raise InputError(
-                f"--max-length is {args.max_length}, before which no answer of the split {split!r} begins. Raise it."
+                f"--max-length is {settings.max_length}, before which no answer of the split {split!r} begins. Raise "
+                "it."
             )
         if too_long and split != "train":
             print(f"{too_long} of {len(prompts)} in {split!r} exceed --max-length.")
 
 
 def train(
-    args: argparse.Namespace,
+    settings: SftSettings,
     model: CoeForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Dataset,
@@ -120,14 +131,14 @@ def train(
     checkpoint: Path | None,
 ) -> FinishedRun:
     """Trains from the start, or from a checkpoint, to the last step."""
-    if checkpoint is not None and checkpoint_step(checkpoint) == args.steps:
+    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
         return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
     stopwatch = Stopwatch()
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            **training_arguments(args, evaluate_first=checkpoint is None),
-            max_length=args.max_length,
+            **training_arguments(settings, evaluate_first=checkpoint is None),
+            max_length=settings.max_length,
             packing=True,
             eval_packing=False,
             completion_only_loss=True,
@@ -145,29 +156,31 @@ def train(
     return FinishedRun(trainer.model, log, tokens / stopwatch.seconds)
 
 
-def finetune(args: argparse.Namespace) -> None:
+def finetune(settings: SftSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(args)
-    config = given_config(args.model)
-    corpus = load_corpus(args)
-    tokenizer = choose_tokenizer(args, corpus)
+    check_output_dir(settings)
+    config = given_config(settings.model)
+    corpus = load_corpus(settings, settings.seed)
+    tokenizer = choose_tokenizer(settings, corpus)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    conversations = as_conversations(corpus.train, args.train_examples)
-    held_out = {split: as_conversations(examples, args.eval_examples) for split, examples in corpus.held_out.items()}
-    check_lengths(args, tokenizer, {"train": conversations, **held_out})
-    set_seed(args.seed)
-    model = given_model(args.model, config)
-    checkpoint = open_run(args, tokenizer, fingerprint_of(conversations, held_out))
-    run = train(args, model, tokenizer, conversations, held_out, checkpoint)
-    model, tokenizer = save_and_reload(run.model, tokenizer, args.output_dir / "model")
+    conversations = as_conversations(corpus.train, settings.train_examples)
+    held_out = {
+        split: as_conversations(examples, settings.eval_examples) for split, examples in corpus.held_out.items()
+    }
+    check_lengths(settings, tokenizer, {"train": conversations, **held_out})
+    set_seed(settings.seed)
+    model = given_model(settings.model, config)
+    checkpoint = open_run(settings, tokenizer, fingerprint_of(conversations, held_out))
+    run = train(settings, model, tokenizer, conversations, held_out, checkpoint)
+    model, tokenizer = save_and_reload(run.model, tokenizer, settings.output_dir / "model")
 
     def solver(problems: list[Example]) -> list[str]:
         prompts = [as_messages(problem)["prompt"] for problem in problems]
         ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
-        return solve(model, tokenizer, ids, args.max_new_tokens)
+        return solve(model, tokenizer, ids, settings.max_new_tokens)
 
     report(
-        args,
+        settings,
         run,
         held_out_table(run.log, held_out),
         corpus,
@@ -179,7 +192,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    finetune(parse_arguments(argv))
+    finetune(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ class TestMeasures:
         (folder / "generation_config.json").write_text("{}")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-        args = evaluation.parse_arguments(["--models", str(folder), "--data", "any", "--batch-size", "4"])
+        args = evaluation.parse_settings(["--models", str(folder), "--data", "any", "--batch-size", "4"])
         model = evaluation.load_model(str(folder), args)
         options = {"until": [], "max_gen_toks": 120, "do_sample": False}
         requests = [Instance("generate_until", {}, (f"{row.prompt}\n", options), 0) for row in rows[:NUM_LEARNED]]
@@ -289,7 +289,7 @@ class TestTasks:
             assert model._encode_pair(prompt, answer) == (ids[:start], ids[start:-1])
 
     def test_few_shot_prompts(self, rows, data):
-        args = evaluation.parse_arguments(["--models", "any", "--data", str(data), "--num-fewshot", "2"])
+        args = evaluation.parse_settings(["--models", "any", "--data", str(data), "--num-fewshot", "2"])
         _, tasks = evaluation.load_tasks(args)
         texts = {f"{row.prompt}\n{row.answer}" for row in rows}
         for task in tasks:

@@ -171,9 +171,9 @@ class TestSft:
     def test_the_loss_is_that_of_the_answers(self, runs, base, data):
         """Held-out losses against the model's own, one conversation after another: only answers count, and the end
         of the conversation."""
-        args = sft.parse_arguments(options("sft", base, runs["sft"], data))
+        args = sft.parse_settings(options("sft", base, runs["sft"], data))
         tokenizer = load_tokenizer(base)
-        (example,) = sft.load_corpus(args).held_out["held_out"]
+        (example,) = sft.load_corpus(args, args.seed).held_out["held_out"]
         prompt = tokenizer(f"{example.prompt}\n")["input_ids"]
         answer = [*tokenizer(example.answer)["input_ids"], tokenizer.eos_token_id]
         assert len(prompt + answer) < 256

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -57,7 +56,7 @@ class Vocabulary:
 
 
 def config_of(made: Run) -> CoeConfig:
-    return worker.pretrain.build_config(worker.pretrain.parse_arguments(made.argv("out", "root")), Vocabulary())
+    return worker.pretrain.build_config(worker.pretrain.parse_settings(made.argv("out", "root")), Vocabulary())
 
 
 def routed_flops(made: Run) -> int:
@@ -287,11 +286,11 @@ class TestIdentity:
     @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
     def test_every_option_of_the_trainer_is_a_setting(self, scale):
         """With the value that the trainer resolves it to: none is left to a default."""
-        options = vars(worker.pretrain.parse_arguments(["--output-dir=out"])).keys()
-        options = options - worker.run_folder.START_OPTIONS - worker.run_folder.REPORT_OPTIONS
+        options = worker.computing(worker.pretrain.parse_settings(["--output-dir=out"])).keys()
+        options = options - worker.REPORT_SETTINGS
         for arm in ARMS:
             made = Run(scale, arm, 1e-3, 1)
-            args = vars(worker.options_of(made, "out", "root"))
+            args = worker.computing(worker.settings_of(made, "out", "root"))
             assert {name: args[name] for name in options} == made.options("root")
 
     @pytest.mark.parametrize("kind", DECISIVE, ids=lambda kind: kind.__name__)
@@ -340,15 +339,17 @@ class TestIdentity:
         other = replace(self.MADE)
         assert other.id != self.MADE.id
         with pytest.raises(ValueError, match=r"CoE-2\(4/64\) inner, arithmetic.*: top_k are not those"):
-            worker.options_of(other, "out", "root")
+            worker.settings_of(other, "out", "root")
 
     def test_a_default_that_is_no_setting(self, monkeypatch):
-        parse = worker.pretrain.parse_arguments
-        monkeypatch.setattr(
-            worker.pretrain, "parse_arguments", lambda argv: Namespace(**vars(parse(argv)), dropout=0.1)
-        )
+        @dataclass(frozen=True, kw_only=True)
+        class WithDropout(worker.pretrain.PretrainSettings):
+            dropout: float = 0.1
+
+        parse = worker.pretrain.parse_settings
+        monkeypatch.setattr(worker.pretrain, "parse_settings", lambda argv: WithDropout(**vars(parse(argv))))
         with pytest.raises(ValueError, match="dropout are not those"):
-            worker.options_of(self.MADE, "out", "root")
+            worker.settings_of(self.MADE, "out", "root")
 
     def test_the_environment_does_not_decide(self, monkeypatch, tmp_path):
         """Which kernel computes the experts is a setting."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -144,16 +145,16 @@ class TestData:
         write_rows(tmp_path / "train.jsonl", 5)
         write_rows(tmp_path / "test.jsonl", 2)
         argv = ["--output-dir", str(tmp_path / "run"), "--data", str(tmp_path), "--eval-data", str(tmp_path)]
-        texts = corpus.load_corpus(pretrain.parse_arguments(argv))
+        texts = corpus.load_corpus(pretrain.parse_settings(argv), 0)
         assert sorted(texts.train) == sorted(pairs(5))
         assert texts.held_out == {"held_out": pairs(2)}
 
     def test_held_out_part_of_a_file(self, data):
         argv = ["--output-dir", "run", "--data", str(data), "--eval-fraction", "0.25"]
-        texts = corpus.load_corpus(pretrain.parse_arguments(argv))
+        texts = corpus.load_corpus(pretrain.parse_settings(argv), 0)
         assert len(texts.held_out["held_out"]) == 3
         assert sorted(texts.train + texts.held_out["held_out"]) == sorted(pairs(12))
-        assert corpus.load_corpus(pretrain.parse_arguments(argv)) == texts
+        assert corpus.load_corpus(pretrain.parse_settings(argv), 0) == texts
 
     def test_unigram_loss(self):
         train, held_out = torch.tensor([[0, 1, 1, 3]]), torch.tensor([[3, 1, 2], [0, 0, 1]])
@@ -303,9 +304,9 @@ class TestRun:
 
     def test_held_out_losses_are_the_models(self, whole_run, data):
         output_dir, _ = whole_run
-        args = pretrain.parse_arguments(["--output-dir", str(output_dir), "--data", str(data), *TINY_RUN])
+        args = pretrain.parse_settings(["--output-dir", str(output_dir), "--data", str(data), *TINY_RUN])
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
-        _, held_out = corpus.pack_corpus(args, corpus.load_corpus(args), tokenizer)
+        _, held_out = corpus.pack_corpus(args, corpus.load_corpus(args, args.seed), tokenizer)
         blocks = held_out["held_out"]
         assert len(blocks) % args.batch_size, "the last batch should be a smaller one"
         table = json.loads((output_dir / "results.json").read_text())["held_out_loss"]["held_out"]
@@ -332,7 +333,7 @@ class TestRun:
     def test_goes_on_with_a_given_model(self, whole_run, tmp_path, data):
         output_dir, _ = whole_run
         options = [*TINY_RUN]
-        for name in pretrain.SHAPE_OPTIONS:
+        for name in [each.name for each in fields(pretrain.ModelSettings) if each.name != "model"]:
             if (flag := run_folder.option(name)) in options:
                 del options[options.index(flag) : options.index(flag) + 2]
         pretrain.main(["--output-dir", str(tmp_path), "--data", str(data), "--model", f"{output_dir}/model", *options])

@@ -21,7 +21,8 @@ from typing import Any
 
 import pretrain
 import torch
-from recipe import corpus, report, run_folder, training
+from recipe import corpus, report, training
+from recipe.settings import REPORT_SETTINGS, computing
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -51,42 +52,42 @@ SOURCES = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def options_of(run: Run, output_dir: str, data_root: str) -> argparse.Namespace:
-    """The options of `examples/pretrain.py` that a run resolves to.
+def settings_of(run: Run, output_dir: str, data_root: str) -> pretrain.PretrainSettings:
+    """The settings of `examples/pretrain.py` that a run resolves to.
 
     Raises:
-        ValueError: They are not the run's settings: something decides that is no part of its identity.
+        ValueError: They are not the run's: something decides that is no part of its identity.
     """
-    args = pretrain.parse_arguments(run.argv(output_dir, data_root))
-    resolved, settings = run_folder.settings_of(args), run.options(data_root)
-    resolved = {name: value for name, value in resolved.items() if name not in run_folder.REPORT_OPTIONS}
-    unlike = [name for name in resolved | settings if resolved.get(name) != settings.get(name)]
-    if unlike or resolved.keys() != settings.keys():
-        names = sorted({*unlike, *(resolved.keys() ^ settings.keys())})
+    settings = pretrain.parse_settings(run.argv(output_dir, data_root))
+    resolved, declared = computing(settings), run.options(data_root)
+    resolved = {name: value for name, value in resolved.items() if name not in REPORT_SETTINGS}
+    unlike = [name for name in resolved | declared if resolved.get(name) != declared.get(name)]
+    if unlike or resolved.keys() != declared.keys():
+        names = sorted({*unlike, *(resolved.keys() ^ declared.keys())})
         raise ValueError(f"{run.label}: {', '.join(names)} are not those of `Run.settings`. Declare them there.")
-    return args
+    return settings
 
 
 class Inputs:
     """Data, tokenizer and options of a run."""
 
     def __init__(self, run: Run, output_dir: str, data_root: str):
-        self.args, self.data_root = options_of(run, output_dir, data_root), data_root
+        self.settings, self.data_root = settings_of(run, output_dir, data_root), data_root
         self.bf16 = run.settings["bf16"]  # not what the machine can do
-        texts = corpus.load_corpus(self.args)
-        self.tokenizer = corpus.choose_tokenizer(self.args, texts)
-        self.train, self.held_out = corpus.pack_corpus(self.args, texts, self.tokenizer)
+        texts = corpus.load_corpus(self.settings, self.settings.seed)
+        self.tokenizer = corpus.choose_tokenizer(self.settings, texts)
+        self.train, self.held_out = corpus.pack_corpus(self.settings, texts, self.tokenizer)
 
     def model(self, run: Run) -> CoeForCausalLM:
         """A new model for these data: of the run they were made for, or of another."""
-        args = options_of(run, str(self.args.output_dir), self.data_root)
+        settings = settings_of(run, str(self.settings.output_dir), self.data_root)
         set_seed(run.seed)
-        return build_model(pretrain.build_config(args, self.tokenizer), run.arm.variant)
+        return build_model(pretrain.build_config(settings, self.tokenizer), run.arm.variant)
 
     def trainer(self, model: CoeForCausalLM, **parts: Any) -> Trainer:
         """A trainer that writes nothing: a run that is killed is short enough to be made again."""
         evaluates = "eval_dataset" in parts
-        arguments = training.training_arguments(self.args, evaluate_first=evaluates)
+        arguments = training.training_arguments(self.settings, evaluate_first=evaluates)
         arguments |= {"save_strategy": "no", "disable_tqdm": True, "bf16": self.bf16}
         if not evaluates:
             arguments["eval_strategy"] = "no"
@@ -190,7 +191,7 @@ def train(run: Run, data_root: str) -> dict[str, Any]:
         "peak_memory": peak,
         "peak_memory_above_start": peak - before,
         "peak_device_memory": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
-        "routing": routing_of(model, inputs.held_out[split], inputs.args.batch_size),
+        "routing": routing_of(model, inputs.held_out[split], inputs.settings.batch_size),
     }
 
 
@@ -212,7 +213,7 @@ def time_steps(run: Run, data_root: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(run, folder, data_root)
         trainers = {name: inputs.trainer(inputs.model(of)) for name, of in runs.items()}
-    batches = {name: iter(inputs.train.split(inputs.args.batch_size)) for name in runs}
+    batches = {name: iter(inputs.train.split(inputs.settings.batch_size)) for name in runs}
     for trainer in trainers.values():
         trainer.create_optimizer()
 

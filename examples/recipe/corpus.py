@@ -1,9 +1,9 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Pairs of a prompt and an answer: where they come from, their tokenizer, and blocks of their tokens."""
 
-import argparse
 import reprlib
 from collections.abc import Iterable
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +20,11 @@ from modeling_coe.command_line import InputError, check_range, loading, one_line
 
 from .arithmetic import Problems
 from .run_folder import is_resumable, short_hash
+from .settings import BlockJobSettings, DataSettings, JobSettings
 
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 TOKENIZER_EXAMPLES = 10_000  # more text does not change a small vocabulary
-# Options that say what is read of the data, and their defaults.
-READING_OPTIONS = {
-    **{"data_config": None, "train_split": "train", "eval_data": None, "eval_split": "test", "eval_fraction": 0.05},
-    **{"prompt_column": "question", "answer_column": "answer"},
-}
 
 
 class Example(NamedTuple):
@@ -45,42 +41,24 @@ class Corpus(NamedTuple):
     held_out: dict[str, Iterable[Example]]
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", help="parquet or JSON-lines file, folder or Hub name; built-in problems if not given")
-    data.add_argument("--data-config", help="configuration of a Hub data set")
-    data.add_argument("--train-split", help="split of a folder or Hub data set to train on")
-    data.add_argument("--eval-data", help="held-out file, folder or Hub name; a part of the data if not given")
-    data.add_argument("--eval-split", help="split of a held-out folder or Hub data set")
-    data.add_argument("--eval-fraction", type=float, help="part held out if no --eval-data is given")
-    data.add_argument("--prompt-column", help="column with the prompts")
-    data.add_argument("--answer-column", help="column with the answers")
-    parser.set_defaults(**READING_OPTIONS)
-
-
-def add_block_options(parser: argparse.ArgumentParser) -> None:
-    blocks = parser.add_argument_group("blocks")
-    blocks.add_argument("--block-size", type=int, default=128, help="tokens in a training sequence")
-    blocks.add_argument("--eval-blocks", type=int, default=64, help="blocks of each held-out split to evaluate")
-
-
-def check_data_options(args: argparse.Namespace) -> None:
+def check_data_options(settings: DataSettings) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
-    check_range(args, "eval_fraction", 0, 1, exclusive=True)
-    are_files = is_file(args.data) and (args.eval_data is None or is_file(args.eval_data))
+    check_range(settings, "eval_fraction", 0, 1, exclusive=True)
+    are_files = is_file(settings.data) and (settings.eval_data is None or is_file(settings.eval_data))
+    defaults = {each.name: each.default for each in fields(DataSettings) if each.name != "data"}
     unused = (  # where, which options say nothing, and of what
-        (args.data is None, READING_OPTIONS, "the built-in problems: there is no --data"),
-        (args.eval_data is not None, ["eval_fraction"], f"--eval-data {args.eval_data}"),
-        (args.eval_data is None, ["eval_split"], "a part of --data: there is no --eval-data"),
-        (is_file(args.data), ["train_split"], f"--data {args.data}, a file"),
-        (is_file(args.eval_data), ["eval_split"], f"--eval-data {args.eval_data}, a file"),
-        (are_files, ["data_config"], f"--data {args.data}, a file"),
+        (settings.data is None, defaults, "the built-in problems: there is no --data"),
+        (settings.eval_data is not None, ["eval_fraction"], f"--eval-data {settings.eval_data}"),
+        (settings.eval_data is None, ["eval_split"], "a part of --data: there is no --eval-data"),
+        (is_file(settings.data), ["train_split"], f"--data {settings.data}, a file"),
+        (is_file(settings.eval_data), ["eval_split"], f"--eval-data {settings.eval_data}, a file"),
+        (are_files, ["data_config"], f"--data {settings.data}, a file"),
     )
     for applies, names, what in unused:
         for name in names:
-            if applies and getattr(args, name) != READING_OPTIONS[name]:
+            if applies and getattr(settings, name) != defaults[name]:
                 raise InputError(
-                    f"{option(name)} is {getattr(args, name)}, which says nothing of {what}. Leave it out."
+                    f"{option(name)} is {getattr(settings, name)}, which says nothing of {what}. Leave it out."
                 )
 
 
@@ -98,21 +76,21 @@ class ArithmeticExamples:
         return (Example(problem.question, problem.answer) for problem in self.problems)
 
 
-def load_corpus(args: argparse.Namespace) -> Corpus:
+def load_corpus(settings: DataSettings, seed: int) -> Corpus:
     """The training and held-out texts that the options ask for."""
-    if args.data is None:
-        held_out = {split: ArithmeticExamples(args.seed, split) for split in ("numbers", "templates")}
-        return Corpus(ArithmeticExamples(args.seed, "train"), held_out)
-    train = open_dataset("data", args.data, args.data_config, args.train_split)
-    if args.eval_data is not None:
-        train = train.shuffle(seed=args.seed)
-        held_out = open_dataset("eval_data", args.eval_data, args.data_config, args.eval_split)
+    if settings.data is None:
+        held_out = {split: ArithmeticExamples(seed, split) for split in ("numbers", "templates")}
+        return Corpus(ArithmeticExamples(seed, "train"), held_out)
+    train = open_dataset("data", settings.data, settings.data_config, settings.train_split)
+    if settings.eval_data is not None:
+        train = train.shuffle(seed=seed)
+        held_out = open_dataset("eval_data", settings.eval_data, settings.data_config, settings.eval_split)
     elif len(train) > 1:
-        num_held_out = min(max(1, round(args.eval_fraction * len(train))), len(train) - 1)
-        train, held_out = train.train_test_split(test_size=num_held_out, seed=args.seed).values()
+        num_held_out = min(max(1, round(settings.eval_fraction * len(train))), len(train) - 1)
+        train, held_out = train.train_test_split(test_size=num_held_out, seed=seed).values()
     else:
-        raise InputError(f"--data {args.data} has a single row: none can be held out. Give more, or --eval-data.")
-    return Corpus(read_examples("data", train, args), {"held_out": read_examples("eval_data", held_out, args)})
+        raise InputError(f"--data {settings.data} has a single row: none can be held out. Give more, or --eval-data.")
+    return Corpus(read_examples("data", train, settings), {"held_out": read_examples("eval_data", held_out, settings)})
 
 
 def open_dataset(name: str, source: str, config: str | None, split: str) -> datasets.Dataset:
@@ -139,23 +117,23 @@ def open_dataset(name: str, source: str, config: str | None, split: str) -> data
     return dataset
 
 
-def read_examples(name: str, dataset: datasets.Dataset, args: argparse.Namespace) -> list[Example]:
+def read_examples(name: str, dataset: datasets.Dataset, settings: DataSettings) -> list[Example]:
     """The prompts and answers of a data set."""
-    source = f"{option(name)} {getattr(args, name)}"
+    source = f"{option(name)} {getattr(settings, name)}"
     for column_option in ("prompt_column", "answer_column"):
-        column = getattr(args, column_option)
+        column = getattr(settings, column_option)
         if column not in dataset.column_names:
             raise InputError(
                 f"{option(column_option)} is {column!r}, but {source} has the columns "
                 f"{', '.join(dataset.column_names)}. Choose one of them."
             )
     try:
-        columns = [list(dataset[column]) for column in (args.prompt_column, args.answer_column)]
+        columns = [list(dataset[column]) for column in (settings.prompt_column, settings.answer_column)]
     except UnicodeDecodeError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)} Give a file in UTF-8.") from error
     examples = []
     for row, (prompt, answer) in enumerate(zip(*columns, strict=True)):
-        for column, value in ((args.prompt_column, prompt), (args.answer_column, answer)):
+        for column, value in ((settings.prompt_column, prompt), (settings.answer_column, answer)):
             if value is None or value == "":
                 raise InputError(f"{source} has no {column!r} in row {row}: {value!r}. Remove or fill this row.")
             if not isinstance(value, str | int | float):
@@ -225,15 +203,15 @@ def load_tokenizer(source: str | Path, given_by: str = "--tokenizer") -> PreTrai
     return tokenizer
 
 
-def choose_tokenizer(args: argparse.Namespace, corpus: Corpus) -> PreTrainedTokenizerBase:
+def choose_tokenizer(settings: JobSettings, corpus: Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer of the run: its own if it is resumed, else the one asked for, else one trained on the data."""
-    if is_resumable(args):
-        return load_tokenizer(args.output_dir / "tokenizer", "--output-dir")
-    if args.model is not None:
-        return load_tokenizer(args.model, "--model")
-    if args.tokenizer is not None:
-        return load_tokenizer(args.tokenizer)
-    return train_tokenizer(corpus.train, args.vocab_size)
+    if is_resumable(settings):
+        return load_tokenizer(settings.output_dir / "tokenizer", "--output-dir")
+    if settings.model is not None:
+        return load_tokenizer(settings.model, "--model")
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    return train_tokenizer(corpus.train, settings.vocab_size)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
@@ -281,30 +259,33 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def pack_corpus(
-    args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+    settings: BlockJobSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Packs as many training texts as the run reads, or all that fill batches, and `eval_blocks` of each split."""
-    if args.block_size < 2:
-        raise InputError(f"--block-size is {args.block_size}; it must be 2 or more: the first token is not predicted.")
-    train = pack(corpus.train, tokenizer, args.block_size, args.steps * args.batch_size)
-    train_batches = len(train) // args.batch_size
+    if settings.block_size < 2:
+        raise InputError(
+            f"--block-size is {settings.block_size}; it must be 2 or more: the first token is not predicted."
+        )
+    train = pack(corpus.train, tokenizer, settings.block_size, settings.steps * settings.batch_size)
+    train_batches = len(train) // settings.batch_size
     if train_batches == 0:
         raise InputError(
-            f"--data {args.data} fills {len(train)} blocks of --block-size {args.block_size} tokens, fewer than the "
-            f"--batch-size {args.batch_size} of one step. Give more data, or choose smaller blocks or batches."
+            f"--data {settings.data} fills {len(train)} blocks of --block-size {settings.block_size} tokens, fewer "
+            f"than the --batch-size {settings.batch_size} of one step. Give more data, or choose smaller blocks "
+            "or batches."
         )
     held_out = {
-        split: pack(examples, tokenizer, args.block_size, args.eval_blocks)
+        split: pack(examples, tokenizer, settings.block_size, settings.eval_blocks)
         for split, examples in corpus.held_out.items()
     }
     for split, blocks in held_out.items():
         if len(blocks) == 0:
             raise InputError(
-                f"The held-out split {split!r} does not fill one block of --block-size {args.block_size} tokens. "
-                f"Hold out more (--eval-fraction {args.eval_fraction}, --eval-data {args.eval_data}), or choose "
-                "smaller blocks."
+                f"The held-out split {split!r} does not fill one block of --block-size {settings.block_size} "
+                f"tokens. Hold out more (--eval-fraction {settings.eval_fraction}, --eval-data {settings.eval_data}), "
+                "or choose smaller blocks."
             )
-    return train[: train_batches * args.batch_size], held_out
+    return train[: train_batches * settings.batch_size], held_out
 
 
 def fingerprint_of(train: torch.Tensor, held_out: dict[str, torch.Tensor]) -> str:

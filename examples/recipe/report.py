@@ -1,7 +1,6 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """What a training run reports: held-out losses, problems it solves, its speed and log, and a picture of the losses."""
 
-import argparse
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,8 @@ from matplotlib.figure import Figure
 
 from .answers import exact_match
 from .corpus import Corpus, Example
-from .run_folder import settings_of, write_json
+from .run_folder import write_json
+from .settings import JobSettings, computing
 from .training import FinishedRun
 
 
@@ -70,7 +70,7 @@ def print_report(results: dict[str, Any]) -> None:
 
 
 def report(
-    args: argparse.Namespace,
+    settings: JobSettings,
     run: FinishedRun,
     table: LossTable,
     corpus: Corpus,
@@ -81,7 +81,7 @@ def report(
     """Has held-out problems solved, writes `results.json` and `loss_curve.png`, and prints the report.
 
     Args:
-        args (`argparse.Namespace`): All options of the run, those of generation among them.
+        settings (`JobSettings`): All options of the run, those of generation among them.
         run (`FinishedRun`): What training gave.
         table (`LossTable`): Held-out losses.
         corpus (`Corpus`): With the problems of every held-out split.
@@ -91,15 +91,15 @@ def report(
     """
     accuracy, samples = {}, {}
     for split, examples in corpus.held_out.items():
-        problems = list(islice(examples, args.num_problems))
+        problems = list(islice(examples, settings.num_problems))
         solutions = solver(problems)
         accuracy[split] = exact_match(problems, solutions)
         samples[split] = [
             {"prompt": problem.prompt, "solution": solution, "answer": problem.answer}
-            for problem, solution in islice(zip(problems, solutions, strict=True), args.num_samples)
+            for problem, solution in islice(zip(problems, solutions, strict=True), settings.num_samples)
         ]
     results = {
-        "settings": settings_of(args),
+        "settings": computing(settings),
         **facts,
         "held_out_loss": table,
         "exact_match": accuracy,
@@ -107,6 +107,6 @@ def report(
         "samples": samples,
         "log_history": run.log,
     }
-    write_json(args.output_dir / "results.json", results)
-    plot_losses(run.log, table, title, args.output_dir / "loss_curve.png")
+    write_json(settings.output_dir / "results.json", results)
+    plot_losses(run.log, table, title, settings.output_dir / "loss_curve.png")
     print_report(results)

@@ -1,7 +1,6 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """The folder of a training run: its settings, its checkpoints, and which one a killed run goes on from."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,11 +28,9 @@ from modeling_coe.command_line import (
     option,
 )
 
+from .settings import REPORT_SETTINGS, JobSettings, RunSettings, computing
 
-# Options that say where a run writes and how it starts, not what it computes.
-START_OPTIONS = {"output_dir", "resume", "overwrite"}
-# Options of what is reported at the end, which a resumed run may change.
-REPORT_OPTIONS = {"num_problems", "num_samples", "max_new_tokens"}
+
 # What runs write beside checkpoints and `run.json`.
 RESULTS = ("model", "adapter", "results.json", "loss_curve.png")
 OUTPUTS = ("tokenizer", *RESULTS)
@@ -47,24 +44,11 @@ def short_hash(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", type=Path, required=True, help="folder for everything the run writes")
-    run.add_argument("--resume", action="store_true", help="go on with the run of the output folder")
-    run.add_argument("--overwrite", action="store_true", help="delete the run of the output folder and start anew")
-    run.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order of training")
-
-
-def check_run_options(args: argparse.Namespace) -> None:
+def check_run_options(settings: RunSettings) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
-    check_range(args, "seed", 0, 2**32)  # as NumPy's generators want it
-    if args.resume and args.overwrite:
+    check_range(settings, "seed", 0, 2**32)  # as NumPy's generators want it
+    if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that say what a run computes and reports."""
-    return {name: value for name, value in vars(args).items() if name not in START_OPTIONS}
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -111,42 +95,42 @@ def newest_complete_checkpoint(output_dir: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
+def check_output_dir(settings: JobSettings) -> None:
     """Raises [`InputError`] where the output folder cannot be written, holds another run, one that should not be lost,
     none to go on with, or what this run is to read."""
-    check_folder("output_dir", args.output_dir)
+    check_folder("output_dir", settings.output_dir)
     for name in ("model", "tokenizer"):
-        source = getattr(args, name, None)
-        if source is not None and args.output_dir.resolve() in Path(source).resolve().parents:
+        source = getattr(settings, name, None)
+        if source is not None and settings.output_dir.resolve() in Path(source).resolve().parents:
             raise InputError(
-                f"{option(name)} {source} lies in --output-dir {args.output_dir}, where the run would replace it. "
+                f"{option(name)} {source} lies in --output-dir {settings.output_dir}, where the run would replace it. "
                 "Choose another output folder."
             )
-    if not is_resumable(args):
-        results = [path for name in RESULTS if (path := args.output_dir / name).exists()]
-        if (held := [*checkpoints_in(args.output_dir), *results]) and not args.overwrite:
+    if not is_resumable(settings):
+        results = [path for name in RESULTS if (path := settings.output_dir / name).exists()]
+        if (held := [*checkpoints_in(settings.output_dir), *results]) and not settings.overwrite:
             raise InputError(
-                f"--output-dir {args.output_dir} already holds {held[0].name} of a run. Go on with it by --resume, "
-                "which needs its run.json, delete it by --overwrite, or choose another folder."
+                f"--output-dir {settings.output_dir} already holds {held[0].name} of a run. Go on with it by "
+                "--resume, which needs its run.json, delete it by --overwrite, or choose another folder."
             )
         # The first thing that a run writes.
-        if args.resume and not (args.output_dir / "tokenizer").is_dir():
+        if settings.resume and not (settings.output_dir / "tokenizer").is_dir():
             raise InputError(
-                f"--resume: --output-dir {args.output_dir} holds no run. Leave --resume out to start one."
+                f"--resume: --output-dir {settings.output_dir} holds no run. Leave --resume out to start one."
             )
         return
-    settings = settings_of(args)
-    for name, old in read_run(args.output_dir)["settings"].items():
-        if name not in REPORT_OPTIONS and settings.get(name) != old:
+    given = computing(settings)
+    for name, old in read_run(settings.output_dir)["settings"].items():
+        if name not in REPORT_SETTINGS and given.get(name) != old:
             raise InputError(
-                f"{option(name)} is {settings.get(name)!r}, but the run in {args.output_dir} has {old!r}. Resume with "
-                "the same settings, or start another run in another folder."
+                f"{option(name)} is {given.get(name)!r}, but the run in {settings.output_dir} has {old!r}. Resume "
+                "with the same settings, or start another run in another folder."
             )
 
 
-def is_resumable(args: argparse.Namespace) -> bool:
+def is_resumable(settings: RunSettings) -> bool:
     """Whether to go on with a run. `run.json` is the last file written before training."""
-    return args.resume and (args.output_dir / "run.json").is_file()
+    return settings.resume and (settings.output_dir / "run.json").is_file()
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
@@ -165,37 +149,37 @@ def read_run(output_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def start_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+def start_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
     """Deletes an earlier run if asked to, and writes the tokenizer and `run.json`."""
-    make_folder("output_dir", args.output_dir)
-    if args.overwrite:
-        for path in [*checkpoints_in(args.output_dir), *(args.output_dir / name for name in OUTPUTS)]:
+    make_folder("output_dir", settings.output_dir)
+    if settings.overwrite:
+        for path in [*checkpoints_in(settings.output_dir), *(settings.output_dir / name for name in OUTPUTS)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     # Never beside a tokenizer of another run.
-    (args.output_dir / "run.json").unlink(missing_ok=True)
-    tokenizer.save_pretrained(args.output_dir / "tokenizer")
-    write_json(args.output_dir / "run.json", {"settings": settings_of(args), "data_fingerprint": fingerprint})
+    (settings.output_dir / "run.json").unlink(missing_ok=True)
+    tokenizer.save_pretrained(settings.output_dir / "tokenizer")
+    write_json(settings.output_dir / "run.json", {"settings": computing(settings), "data_fingerprint": fingerprint})
 
 
-def check_fingerprint(args: argparse.Namespace, fingerprint: str) -> None:
+def check_fingerprint(settings: JobSettings, fingerprint: str) -> None:
     """Raises [`InputError`] where the data of a resumed run are not those it began with."""
-    old = read_run(args.output_dir)["data_fingerprint"]
+    old = read_run(settings.output_dir)["data_fingerprint"]
     if fingerprint != old:
         raise InputError(
-            f"The data have fingerprint {fingerprint}, but the run in {args.output_dir} has {old}: the content of "
-            f"--data {args.data}, --eval-data {args.eval_data} or --model {args.model} has changed. Restore it, or "
-            "start another run."
+            f"The data have fingerprint {fingerprint}, but the run in {settings.output_dir} has {old}: the content of "
+            f"--data {settings.data}, --eval-data {settings.eval_data} or --model {settings.model} has changed. "
+            "Restore it, or start another run."
         )
 
 
-def open_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
+def open_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
     """Starts a run in its folder, or finds the checkpoint that a resumed one goes on from, if there is a complete one.
 
     Args:
-        args (`argparse.Namespace`): All options of the run.
+        settings (`JobSettings`): All options of the run.
         tokenizer (`PreTrainedTokenizerBase`): The run's.
         fingerprint (`str`): Of its data.
 
@@ -203,12 +187,12 @@ def open_run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, finge
         InputError: The data of a resumed run have changed.
     """
     checkpoint = None
-    if is_resumable(args):
-        check_fingerprint(args, fingerprint)
-        checkpoint = newest_complete_checkpoint(args.output_dir)
+    if is_resumable(settings):
+        check_fingerprint(settings, fingerprint)
+        checkpoint = newest_complete_checkpoint(settings.output_dir)
     else:
-        start_run(args, tokenizer, fingerprint)
-    if args.resume:
+        start_run(settings, tokenizer, fingerprint)
+    if settings.resume:
         print(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
     return checkpoint
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +25,9 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
 
-from .corpus import Blocks, add_data_options, check_data_options
-from .run_folder import add_run_options, check_run_options
+from .corpus import Blocks, check_data_options
+from .run_folder import check_run_options
+from .settings import JobSettings
 
 
 if TYPE_CHECKING:
@@ -36,44 +36,21 @@ if TYPE_CHECKING:
 WHOLE_MODEL = "Give a folder with the config.json, the weights and the tokenizer of one model."
 
 
-def add_options(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
-    """Adds the options that all training scripts have, with some other defaults: of the folder and the data, of the
-    optimizer and the log, of the problems to solve at the end."""
-    add_run_options(parser)
-    add_data_options(parser)
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=1200)
-    training.add_argument("--batch-size", type=int, default=16, help="sequences per step")
-    training.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
-    training.add_argument("--schedule", choices=("cosine", "constant_with_warmup"), default="cosine")
-    training.add_argument("--warmup-steps", type=int, default=50)
-    training.add_argument("--weight-decay", type=float, default=0.01)
-    training.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
-    training.add_argument("--log-steps", type=int, default=10)
-    training.add_argument("--eval-steps", type=int, default=100)
-    training.add_argument("--save-steps", type=int, default=200, help="a multiple of --log-steps")
-    generation = parser.add_argument_group("generation")
-    generation.add_argument("--num-problems", type=int, default=100, help="problems of each split to solve at the end")
-    generation.add_argument("--num-samples", type=int, default=2, help="solutions of each split to print")
-    generation.add_argument("--max-new-tokens", type=int, default=128, help="of one solution")
-    parser.set_defaults(**defaults)
-
-
-def check_options(args: argparse.Namespace) -> None:
+def check_options(settings: JobSettings) -> None:
     """Raises [`InputError`] where they have no meaning, alone or together."""
-    check_run_options(args)
-    check_data_options(args)
-    check_positive(args, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
-    check_positive(args, "num_problems", "max_new_tokens")
-    check_not_negative(args, "warmup_steps", "num_samples")
-    check_range(args, "lr", 0, exclusive=True)
-    check_range(args, "weight_decay", 0)
-    check_range(args, "beta2", 0, 1)
+    check_run_options(settings)
+    check_data_options(settings)
+    check_positive(settings, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
+    check_positive(settings, "num_problems", "max_new_tokens")
+    check_not_negative(settings, "warmup_steps", "num_samples")
+    check_range(settings, "lr", 0, exclusive=True)
+    check_range(settings, "weight_decay", 0)
+    check_range(settings, "beta2", 0, 1)
     # A checkpoint holds no part of an average, so a resumed run could not log the same one.
-    if args.save_steps % args.log_steps:
+    if settings.save_steps % settings.log_steps:
         raise InputError(
-            f"--save-steps is {args.save_steps}, which is not a multiple of --log-steps {args.log_steps}: a resumed "
-            "run would log another average. Choose a multiple."
+            f"--save-steps is {settings.save_steps}, which is not a multiple of --log-steps {settings.log_steps}: a "
+            "resumed run would log another average. Choose a multiple."
         )
 
 
@@ -120,34 +97,34 @@ class Stopwatch(TrainerCallback):
         self.steps += 1
 
 
-def training_arguments(args: argparse.Namespace, evaluate_first: bool) -> dict[str, Any]:
+def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str, Any]:
     """The options as fields of [`TrainingArguments`].
 
     Args:
-        args (`argparse.Namespace`): Run and training options.
+        settings (`JobSettings`): Of the run and of training.
         evaluate_first (`bool`): Log the loss before training, which a resumed run finds in its checkpoint's log.
     """
     cuda = torch.cuda.is_available()
     return {
-        "output_dir": str(args.output_dir),
-        "max_steps": args.steps,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": args.batch_size,
-        "learning_rate": args.lr,
-        "lr_scheduler_type": args.schedule,
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-        "adam_beta2": args.beta2,
+        "output_dir": str(settings.output_dir),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": settings.beta2,
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": not cuda,
-        "seed": args.seed,
-        "data_seed": args.seed,
-        "logging_steps": args.log_steps,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": settings.log_steps,
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps",
-        "eval_steps": args.eval_steps,
+        "eval_steps": settings.eval_steps,
         "eval_on_start": evaluate_first,
-        "save_steps": args.save_steps,
+        "save_steps": settings.save_steps,
         "save_total_limit": 2,
         "report_to": "none",
     }
@@ -198,7 +175,7 @@ def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Finish
 
 
 def train_on_blocks(
-    args: argparse.Namespace,
+    settings: JobSettings,
     model: PreTrainedModel | PeftModel,
     train_blocks: torch.Tensor,
     held_out_blocks: dict[str, torch.Tensor],
@@ -207,7 +184,7 @@ def train_on_blocks(
     """Trains with `Trainer`, from the start or from a checkpoint, to the last step.
 
     Args:
-        args (`argparse.Namespace`): Run and training options.
+        settings (`JobSettings`): Of the run and of training.
         model (`PreTrainedModel` or `PeftModel`): What to train, in place.
         train_blocks (`torch.Tensor`): Token ids (blocks, block_size).
         held_out_blocks (`dict[str, torch.Tensor]`): Likewise, by split.
@@ -216,11 +193,11 @@ def train_on_blocks(
     stopwatch = Stopwatch()
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**training_arguments(args, evaluate_first=checkpoint is None)),
+        args=TrainingArguments(**training_arguments(settings, evaluate_first=checkpoint is None)),
         train_dataset=Blocks(train_blocks),
         eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
         callbacks=[stopwatch, CpuKernelsCallback()],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    tokens = stopwatch.steps * train_blocks[: args.batch_size].numel()
+    tokens = stopwatch.steps * train_blocks[: settings.batch_size].numel()
     return FinishedRun(model, trainer.state.log_history, tokens / stopwatch.seconds)
