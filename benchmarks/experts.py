@@ -11,8 +11,9 @@ meet the same experts, whose weights may then come from the caches.
 """
 
 import math
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -21,14 +22,16 @@ from benchmarks.measure import (
     CHAIN,
     SIZES,
     Benchmark,
+    BenchmarkSettings,
     Task,
     TimedCall,
     Work,
     distinct_experts,
     forward_and_backward,
-    parse_arguments,
+    parse_settings,
 )
 from modeling_coe import CoeConfig
+from modeling_coe.command_line import command, setting
 from modeling_coe.experts import sharing_weights
 
 
@@ -46,7 +49,7 @@ def experts_work(config: CoeConfig, tokens: int, itemsize: int) -> Work:
 def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool) -> TimedCall:
     """A run of the experts in the only layer of a model."""
     config, experts = model.config, model.model.layers[0].mlp.experts
-    generator = torch.Generator().manual_seed(bench.args.seed)
+    generator = torch.Generator().manual_seed(bench.settings.seed)
     hidden_states, gradient = (
         torch.randn(tokens, config.hidden_size, generator=generator).to(model.device, model.dtype) for _ in range(2)
     )
@@ -69,7 +72,7 @@ def start(bench: Benchmark, model: PreTrainedModel, tokens: int, backward: bool)
 
     def run() -> float:
         first = bench.clock(call)
-        repeats = 1 if bench.args.quick else math.ceil(LEAST_SECONDS / max(first, 1e-6))
+        repeats = 1 if bench.settings.quick else math.ceil(LEAST_SECONDS / max(first, 1e-6))
         return bench.clock(lambda: [call() for _ in range(repeats)]) / repeats
 
     return run
@@ -87,24 +90,31 @@ def experts_task(bench: Benchmark, direction: str, tokens: int, num_experts: int
     return Task(name, tokens, work, lambda model: start(bench, model, tokens, training), training)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsOptions:
+    _argument_group_name: ClassVar[str] = "experts"
+    tokens: list[int] = setting([1, 16, 1024], "in a call")
+    experts: list[int] = setting([16, 64], "routed experts")
+    widths: list[int] = setting([], "of one expert; that of the size if not given")
+    directions: list[str] = setting(list(DIRECTIONS), "what to measure", choices=DIRECTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSettings(ExpertsOptions, BenchmarkSettings):
+    pass
+
+
+@command
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    integers = {"type": int, "nargs": "+"}
-    args = parse_arguments(
-        __doc__.splitlines()[0],
-        argv,
-        tokens=integers | {"default": [1, 16, 1024]},
-        experts=integers | {"default": [16, 64], "help": "routed experts"},
-        widths=integers | {"help": "of one expert; that of the size if not given"},
-        directions={"nargs": "+", "choices": DIRECTIONS, "default": DIRECTIONS},
-    )
-    args.widths = args.widths or [SIZES[args.size].fields["moe_intermediate_size"]]
-    bench = Benchmark("experts", args)
-    for num_experts, width in product(args.experts, args.widths):
+    settings = parse_settings(ExpertsSettings, __doc__.splitlines()[0], argv)
+    settings = replace(settings, widths=settings.widths or [SIZES[settings.size].fields["moe_intermediate_size"]])
+    bench = Benchmark("experts", settings)
+    for num_experts, width in product(settings.experts, settings.widths):
         overrides = {"n_routed_experts": num_experts, "moe_intermediate_size": width}
         bench.compare_models(
             [
                 experts_task(bench, direction, tokens, num_experts, width)
-                for direction, tokens in product(args.directions, args.tokens)
+                for direction, tokens in product(settings.directions, settings.tokens)
             ],
             variants=[CHAIN],
             num_hidden_layers=1,

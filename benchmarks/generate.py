@@ -9,12 +9,14 @@ figure is the mean of some consecutive steps; filling the cache is not part of i
 """
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.measure import Benchmark, Task, TimedCall, forward_work, parse_arguments, random_ids
+from benchmarks.measure import Benchmark, BenchmarkSettings, Task, TimedCall, forward_work, parse_settings, random_ids
+from modeling_coe.command_line import command, setting
 from modeling_coe.releases import CACHE
 
 
@@ -26,7 +28,7 @@ DECODE_STEPS = 16
 def prefill_task(bench: Benchmark) -> Task:
     """A forward pass over whole prompts, into an empty cache."""
     batch, length = PREFILL
-    ids = random_ids(bench.args, batch, length)
+    ids = random_ids(bench.settings, batch, length)
 
     def start(model: PreTrainedModel) -> TimedCall:
         model.eval()
@@ -48,8 +50,8 @@ def prefill_task(bench: Benchmark) -> Task:
 def decode_task(bench: Benchmark, name: str) -> Task:
     """Greedy steps after a prompt that is in the cache."""
     batch, context = DECODE[name]
-    steps = 2 if bench.args.quick else DECODE_STEPS
-    ids = random_ids(bench.args, batch, context)
+    steps = 2 if bench.settings.quick else DECODE_STEPS
+    ids = random_ids(bench.settings, batch, context)
 
     @torch.no_grad()
     def start(model: PreTrainedModel) -> TimedCall:
@@ -78,13 +80,23 @@ def decode_task(bench: Benchmark, name: str) -> Task:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    _argument_group_name: ClassVar[str] = "generation"
+    tasks: list[str] = setting(["prefill", *DECODE], "what to measure", choices=("prefill", *DECODE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(GenerateOptions, BenchmarkSettings):
+    pass
+
+
+@command
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    names = ("prefill", *DECODE)
-    tasks = {"nargs": "+", "choices": names, "default": names, "help": "what to measure"}
-    args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)
-    bench = Benchmark("generate", args)
+    settings = parse_settings(GenerateSettings, __doc__.splitlines()[0], argv)
+    bench = Benchmark("generate", settings)
     bench.compare_models(
-        [prefill_task(bench) if name == "prefill" else decode_task(bench, name) for name in args.tasks]
+        [prefill_task(bench) if name == "prefill" else decode_task(bench, name) for name in settings.tasks]
     )
     return bench.write()
 

@@ -6,7 +6,6 @@ K=8, of the same widths and so of equal routed FLOPs. A third model, Chain-of-Ex
 residual, computes the logits of the native one with the same kernel, and so shows what our layer itself costs.
 """
 
-import argparse
 import datetime
 import gc
 import json
@@ -16,9 +15,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 
 # Read by torch's OpenMP when it loads: threads that wait for each other spin for a moment only, see wait_policy.py.
@@ -34,6 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.markdown import table
 from modeling_coe import CoeConfig
+from modeling_coe.command_line import check_folder, check_positive, parse, setting
 
 
 # ---- Sizes and targets ----------------------------------------------------------------------------------------------
@@ -107,6 +107,7 @@ DEFAULT_IMPLEMENTATION = "grouped_mm"
 BATCHED_MM_LIMIT = 2 * 2**30
 SLOW = 2.0  # times the other: not measured to the last digit
 
+Settings = TypeVar("Settings", bound="BenchmarkSettings")
 TimedCall = Callable[[], float]  # does the work once and returns its seconds
 
 
@@ -118,16 +119,33 @@ def coe_config(size: str, variant: str = CHAIN, **overrides) -> CoeConfig:
     return CoeConfig(**SIZES[size].fields | VARIANTS[variant] | overrides)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What all scripts are told."""
+
+    _argument_group_name: ClassVar[str] = "benchmark"
+    size: str = setting("small", "of the models", choices=tuple(SIZES))
+    device: str = setting("cpu", "what torch calls it")
+    dtype: str | None = setting(None, "of weights; the size's if not given", choices=("float32", "bfloat16"))
+    threads: int = setting(1, "on the CPU; more than one gives wall time")
+    implementations: list[str] = setting([], "of CoE's experts; all that can run here if not given")
+    pairs: int = setting(7, "of runs, ours and native's, for one figure")
+    quick: bool = setting(False, "two pairs: to try a script, not to measure")
+    seed: int = setting(0, "of weights and tokens")
+    date: str = setting(datetime.date.today().isoformat(), "to write into the results")
+    output: Path = setting(Path("runs/benchmarks"), "folder of results and plots")
+
+
 def native_config(size: str, **overrides) -> DeepseekV2Config:
     """Configuration of transformers' own DeepSeek-V2 of the same size and routed FLOPs."""
     return DeepseekV2Config(**SIZES[size].fields | NATIVE | overrides)
 
 
-def build(config: PreTrainedConfig, args: argparse.Namespace) -> PreTrainedModel:
+def build(config: PreTrainedConfig, settings: BenchmarkSettings) -> PreTrainedModel:
     """A model with random weights, on the device and in the dtype of the run."""
-    torch.manual_seed(args.seed)
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
 
 
 @torch.no_grad()
@@ -140,11 +158,11 @@ def copy_weights(native: PreTrainedModel, model: PreTrainedModel) -> None:
             parameter.copy_(source)
 
 
-def random_ids(args: argparse.Namespace, batch: int, length: int) -> torch.Tensor:
+def random_ids(settings: BenchmarkSettings, batch: int, length: int) -> torch.Tensor:
     """Token ids (batch, length) on the device of the run, the same at every call."""
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(SIZES[args.size].fields["vocab_size"], (batch, length), generator=generator)
-    return ids.to(args.device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(SIZES[settings.size].fields["vocab_size"], (batch, length), generator=generator)
+    return ids.to(settings.device)
 
 
 def reason(error: Exception) -> str:
@@ -153,11 +171,11 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line[:160]}"
 
 
-def available_implementations(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+def available_implementations(settings: BenchmarkSettings) -> tuple[list[str], dict[str, str]]:
     """The experts implementations that can train one layer of this size here, and why the others cannot."""
-    names = args.implementations or [DEFAULT_IMPLEMENTATION, "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-    model = build(coe_config(args.size, num_hidden_layers=1, vocab_size=64), args).train()
-    ids = torch.arange(16, device=args.device).view(2, 8)
+    names = settings.implementations or [DEFAULT_IMPLEMENTATION, "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    model = build(coe_config(settings.size, num_hidden_layers=1, vocab_size=64), settings).train()
+    ids = torch.arange(16, device=settings.device).view(2, 8)
     available, unavailable = [], {}
     for name in dict.fromkeys(names):
         try:
@@ -327,13 +345,15 @@ def spread(samples: list[float]) -> Spread:
 # ---- The machine ----------------------------------------------------------------------------------------------------
 
 
-def measure_rates(args: argparse.Namespace, clock: Clock, repeats: int = 3) -> dict[str, list[float]]:
+def measure_rates(settings: BenchmarkSettings, clock: Clock, repeats: int = 3) -> dict[str, list[float]]:
     """Samples of the FLOP/s of a large square matrix product, in the dtype of the run, and of the bytes/s of reading a
     buffer far larger than the caches, by a sum and by a matrix-vector product."""
-    gemm_size, buffer_bytes, columns = (8192, 2**32, 2**14) if args.device.startswith("cuda") else (2048, 2**30, 2**14)
-    if args.size == "tiny":
+    gemm_size, buffer_bytes, columns = 2048, 2**30, 2**14
+    if settings.device.startswith("cuda"):
+        gemm_size, buffer_bytes = 8192, 2**32
+    if settings.size == "tiny":
         gemm_size, buffer_bytes, columns = 128, 2**20, 2**10
-    kwargs = {"dtype": getattr(torch, args.dtype), "device": args.device}
+    kwargs = {"dtype": getattr(torch, settings.dtype), "device": settings.device}
     left, right = (torch.randn(gemm_size, gemm_size, **kwargs) for _ in range(2))
     product = torch.empty_like(left)
     buffer = torch.ones(buffer_bytes // (columns * left.element_size()), columns, **kwargs)
@@ -350,7 +370,7 @@ def measure_rates(args: argparse.Namespace, clock: Clock, repeats: int = 3) -> d
     }
 
 
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+def describe_machine(settings: BenchmarkSettings) -> dict[str, Any]:
     """What a reader needs to place the figures."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -358,16 +378,16 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
-        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu,
+        "device": torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else cpu,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "threads": args.threads,
-        "clock": "CUDA events" if args.device.startswith("cuda") else "CPU" if args.threads == 1 else "wall",
+        "threads": settings.threads,
+        "clock": "CUDA events" if settings.device.startswith("cuda") else "CPU" if settings.threads == 1 else "wall",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "date": args.date,
+        "date": settings.date,
     }
 
 
@@ -413,17 +433,17 @@ class Comparison:
     def ratios(self) -> list[float]:
         return [ours / native for ours, native in zip(self.ours, self.native, strict=True)]
 
-    def targets(self, args: argparse.Namespace) -> dict[str, float]:
+    def targets(self, settings: BenchmarkSettings) -> dict[str, float]:
         """Those of ratio and distance that there are."""
         target = TARGETS.get(SINGLE if self.variant == SINGLE else self.task)
-        has_targets = args.device == "cpu" and args.dtype == "float32" and args.size in Target._fields
+        has_targets = settings.device == "cpu" and settings.dtype == "float32" and settings.size in Target._fields
         is_default = self.variant == SINGLE or self.implementation == DEFAULT_IMPLEMENTATION
         if target is None or not has_targets or not is_default:
             return {}
-        bounds = {"ratio": getattr(target, args.size), "distance": target.distance}
+        bounds = {"ratio": getattr(target, settings.size), "distance": target.distance}
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
-    def figures(self, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+    def figures(self, settings: BenchmarkSettings, rates: dict[str, float]) -> dict[str, Any]:
         """Samples and everything derived from them, for the results."""
         ours, ratio = statistics.median(self.ours), spread(self.ratios)
         figures = asdict(self) | {
@@ -437,7 +457,7 @@ class Comparison:
             figures["tokens_per_second"] = self.tokens / ours
             figures["least_seconds"] = sum(phase.seconds(**rates) for phase in self.work)
             figures["distance"] = values["distance"] = ours / figures["least_seconds"]
-        for name, target in self.targets(args).items():
+        for name, target in self.targets(settings).items():
             figures |= {f"{name}_target": target, f"{name}_met": values[name] <= target}
         return figures
 
@@ -445,13 +465,13 @@ class Comparison:
 class Benchmark:
     """Collects the comparisons of one script and writes them as JSON, Markdown table and plot."""
 
-    def __init__(self, name: str, args: argparse.Namespace):
-        torch.set_num_threads(args.threads)
-        self.name, self.args = name, args
-        self.clock = Clock(args.device, args.threads)
-        self.itemsize = getattr(torch, args.dtype).itemsize
-        self.rate_samples = measure_rates(args, self.clock)
-        self.implementations, self.skipped = available_implementations(args)
+    def __init__(self, name: str, settings: BenchmarkSettings):
+        torch.set_num_threads(settings.threads)
+        self.name, self.settings = name, settings
+        self.clock = Clock(settings.device, settings.threads)
+        self.itemsize = getattr(torch, settings.dtype).itemsize
+        self.rate_samples = measure_rates(settings, self.clock)
+        self.implementations, self.skipped = available_implementations(settings)
         self.native_samples: dict[str, dict[str, list[float]]] = {}
         self.comparisons: list[Comparison] = []
 
@@ -488,11 +508,11 @@ class Benchmark:
     def compare_models(self, tasks: list[Task], variants: Iterable[str] = tuple(VARIANTS), **overrides) -> None:
         """Times the tasks on the native model and on variants of ours: the chain with every implementation, the single
         iteration with the native model's kernel. `overrides` are fields of the configurations."""
-        native = build(native_config(self.args.size, **overrides), self.args)
+        native = build(native_config(self.settings.size, **overrides), self.settings)
         native_runs = {task.name: task.start(native) for task in tasks}
         for variant in variants:
-            config = coe_config(self.args.size, variant, **overrides)
-            model = build(config, self.args)
+            config = coe_config(self.settings.size, variant, **overrides)
+            model = build(config, self.settings)
             copy_weights(native, model)
             for task in tasks:
                 best = self.native_best(task, native, native_runs[task.name])
@@ -507,10 +527,10 @@ class Benchmark:
 
     def pairs(self, ours: TimedCall, native: TimedCall, label: str) -> tuple[list[float], list[float]]:
         """Paired samples of two runs that are warm; few where ours is so slow that nobody needs its third digit."""
-        runs, few = {"ours": ours, "native": native}, min(2, self.args.pairs)
+        runs, few = {"ours": ours, "native": native}, min(2, self.settings.pairs)
         samples = alternate(runs, few, label)
         if min(samples["ours"]) < SLOW * max(samples["native"]):
-            for name, more in alternate(runs, self.args.pairs - few, label).items():
+            for name, more in alternate(runs, self.settings.pairs - few, label).items():
                 samples[name] += more
         return samples["ours"], samples["native"]
 
@@ -526,21 +546,21 @@ class Benchmark:
 
     def write(self) -> dict[str, Any]:
         """Measures the machine's rates once more, and writes results, table and plot."""
-        for name, samples in measure_rates(self.args, self.clock).items():
+        for name, samples in measure_rates(self.settings, self.clock).items():
             self.rate_samples[name] += samples
         rates = {name: max(samples) for name, samples in self.rate_samples.items()}
         results = {
             "benchmark": self.name,
-            "machine": describe_machine(self.args),
-            "settings": {name: value for name, value in vars(self.args).items() if name != "output"},
+            "machine": describe_machine(self.settings),
+            "settings": {name: value for name, value in asdict(self.settings).items() if name != "output"},
             "rates": rates,
             "rate_samples": self.rate_samples,
             "native_samples": self.native_samples,
             "skipped": self.skipped,
-            "comparisons": [comparison.figures(self.args, rates) for comparison in self.comparisons],
+            "comparisons": [comparison.figures(self.settings, rates) for comparison in self.comparisons],
         }
-        self.args.output.mkdir(parents=True, exist_ok=True)
-        path = self.args.output / f"{self.name}-{self.args.size}"
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        path = self.settings.output / f"{self.name}-{self.settings.size}"
         path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(results))
         plot(results, path.with_suffix(".png"))
@@ -558,30 +578,17 @@ def using(model: PreTrainedModel, implementation: str, run: TimedCall) -> TimedC
     return run_with_implementation
 
 
-def parse_arguments(description: str, argv: list[str] | None, **extra: dict[str, Any]) -> argparse.Namespace:
-    """Reads the options all scripts share, and `extra` ones given as keyword arguments of `add_argument`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights; the size's if not given")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU; more than one gives wall time")
-    parser.add_argument("--implementations", nargs="+", help="of CoE's experts; all that can run here if not given")
-    parser.add_argument("--pairs", type=int, default=7, help="of runs, ours and native's, for one figure")
-    parser.add_argument("--quick", action="store_true", help="two pairs: to try a script, not to measure")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="to write into the results")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of results and plots")
-    for name, options in extra.items():
-        parser.add_argument(f"--{name}", **options)
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or SIZES[args.size].dtype
-    if args.quick:
-        args.pairs = 2
-    if args.pairs < 1 or args.threads < 1:
-        parser.error(f"--pairs is {args.pairs} and --threads {args.threads}; they must be 1 or more")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output} is a file; choose a folder")
-    return args
+def parse_settings(kind: type[Settings], description: str, argv: list[str] | None) -> Settings:
+    """Reads a command line.
+
+    Raises:
+        InputError: An option has no such value.
+    """
+    settings = parse(kind, description, argv)
+    check_positive(settings, "pairs", "threads")
+    check_folder("output", settings.output)
+    dtype = settings.dtype or SIZES[settings.size].dtype
+    return replace(settings, dtype=dtype, pairs=2 if settings.quick else settings.pairs)
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ Both models are in training mode with their default configuration: Chain-of-Expe
 to the cross-entropy, and the native model has none to add, so the time of that loss is part of our figures.
 """
 
-import argparse
 import gc
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from benchmarks.measure import (
     CHAIN,
     SIZES,
     Benchmark,
+    BenchmarkSettings,
     Comparison,
     Task,
     TimedCall,
@@ -35,12 +36,13 @@ from benchmarks.measure import (
     forward_and_backward,
     forward_work,
     native_config,
-    parse_arguments,
+    parse_settings,
     random_ids,
     reason,
     refusal,
 )
 from modeling_coe import CoeConfig
+from modeling_coe.command_line import command, setting
 
 
 TASKS = ("train_step", "forward_backward", "peak_memory")
@@ -61,8 +63,8 @@ def adamw(model: PreTrainedModel) -> torch.optim.AdamW:
 
 def time_tasks(bench: Benchmark) -> None:
     """Times a step with the optimizer, and without."""
-    batch, length = SIZES[bench.args.size].train
-    ids = random_ids(bench.args, batch, length)
+    batch, length = SIZES[bench.settings.size].train
+    ids = random_ids(bench.settings, batch, length)
 
     def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> TimedCall:
         model.train()
@@ -87,7 +89,7 @@ def time_tasks(bench: Benchmark) -> None:
             training=True,
         ),
     ]
-    if chosen := [task for task in tasks if task.name in bench.args.tasks]:
+    if chosen := [task for task in tasks if task.name in bench.settings.tasks]:
         bench.compare_models(chosen)
 
 
@@ -102,49 +104,49 @@ def status_bytes(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field!r}.")
 
 
-def peak_memory(args: argparse.Namespace, implementation: str, native: bool) -> tuple[int, int]:
+def peak_memory(settings: BenchmarkSettings, implementation: str, native: bool) -> tuple[int, int]:
     """Bytes at the peak of a training step that is not the first, to be called in a fresh process.
 
     Returns:
         What the peak is above the memory before the model was built (weights, gradients, moments, activations) and
         above the memory with the model (all that but the weights).
     """
-    torch.set_num_threads(args.threads)
-    cuda = args.device.startswith("cuda")
+    torch.set_num_threads(settings.threads)
+    cuda = settings.device.startswith("cuda")
 
     def new_model(size: str) -> PreTrainedModel:
-        model = build(native_config(size) if native else coe_config(size), args).train()
+        model = build(native_config(size) if native else coe_config(size), settings).train()
         model.set_experts_implementation(implementation)
         return model
 
     def resident() -> int:
         gc.collect()
-        return torch.cuda.memory_allocated(args.device) if cuda else status_bytes("VmRSS")
+        return torch.cuda.memory_allocated(settings.device) if cuda else status_bytes("VmRSS")
 
     # What the first step of a process loads and sets up, libraries and their workspaces, is no part of a model.
-    ids = random_ids(args, *SIZES[args.size].train)
+    ids = random_ids(settings, *SIZES[settings.size].train)
     tiny = new_model("tiny")
     training_step(tiny, ids[:1, :8] % tiny.config.vocab_size, adamw(tiny))
     del tiny
 
     before = resident()
-    model = new_model(args.size)
+    model = new_model(settings.size)
     built = resident()
     optimizer = adamw(model)
     training_step(model, ids, optimizer)
     if cuda:
-        torch.cuda.reset_peak_memory_stats(args.device)
+        torch.cuda.reset_peak_memory_stats(settings.device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
     training_step(model, ids, optimizer)
-    peak = torch.cuda.max_memory_allocated(args.device) if cuda else status_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated(settings.device) if cuda else status_bytes("VmHWM")
     return peak - before, peak - built
 
 
 def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -> None:
     """Compares peaks, with a fresh process for every sample, ours and native's in turn."""
-    args, config = bench.args, coe_config(bench.args.size)
-    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+    settings, config = bench.settings, coe_config(bench.settings.size)
+    if settings.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
         bench.skipped["peak_memory"] = "on the CPU it needs Linux's /proc/self/clear_refs"
         return
     # With this every freed block above 64 KiB goes back at once: resident memory is what is in use, without what
@@ -155,9 +157,9 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
 
     def sample(implementation: str, native: bool) -> tuple[int, int]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(peak_memory, args, implementation, native).result()
+            return process.submit(peak_memory, settings, implementation, native).result()
 
-    tokens = math.prod(SIZES[args.size].train)
+    tokens = math.prod(SIZES[settings.size].train)
     for name in bench.implementations:
         why = refusal(name, config, tokens, training=True, itemsize=bench.itemsize)
         try:
@@ -174,14 +176,25 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
             bench.add(Comparison(task, CHAIN, name, native_implementation, ours, native, "bytes"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainStepOptions:
+    _argument_group_name: ClassVar[str] = "training step"
+    tasks: list[str] = setting(list(TASKS), "what to measure", choices=TASKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepSettings(TrainStepOptions, BenchmarkSettings):
+    pass
+
+
+@command
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    tasks = {"nargs": "+", "choices": TASKS, "default": TASKS, "help": "what to measure"}
-    args = parse_arguments(__doc__.splitlines()[0], argv, tasks=tasks)
-    bench = Benchmark("train_step", args)
+    settings = parse_settings(TrainStepSettings, __doc__.splitlines()[0], argv)
+    bench = Benchmark("train_step", settings)
     time_tasks(bench)
-    if "peak_memory" in args.tasks:
+    if "peak_memory" in settings.tasks:
         timed = bench.native_samples.get("train_step")
-        measure_memory(bench, fastest(timed) if timed else "grouped_mm", repeats=1 if args.quick else 3)
+        measure_memory(bench, fastest(timed) if timed else "grouped_mm", repeats=1 if settings.quick else 3)
     return bench.write()
 
 

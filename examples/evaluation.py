@@ -41,7 +41,6 @@ from lm_eval.utils import make_table, simple_parse_args_string
 from peft import PeftModel
 from pyarrow import ArrowInvalid
 from recipe.run_folder import write_json
-from recipe.settings import parse, setting
 from tasks.question_answer import final_answer
 
 import modeling_coe  # noqa: F401  registers the Auto classes
@@ -55,6 +54,8 @@ from modeling_coe.command_line import (
     loading,
     make_folder,
     one_line,
+    parse,
+    setting,
 )
 
 

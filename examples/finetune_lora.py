@@ -37,7 +37,7 @@ from recipe.corpus import (
 )
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
-from recipe.settings import BlockJobSettings, parse, setting
+from recipe.settings import BlockJobSettings
 from recipe.training import (
     FinishedRun,
     check_options,
@@ -51,7 +51,7 @@ from recipe.training import (
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
-from modeling_coe.command_line import check_positive, command
+from modeling_coe.command_line import check_positive, command, parse, setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ from recipe.corpus import (
 )
 from recipe.report import held_out_table, report, unigram_loss
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run
-from recipe.settings import BlockJobSettings, parse, setting
+from recipe.settings import BlockJobSettings
 from recipe.training import (
     FinishedRun,
     check_options,
@@ -68,6 +68,8 @@ from modeling_coe.command_line import (
     command,
     one_line,
     option,
+    parse,
+    setting,
 )
 
 

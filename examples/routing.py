@@ -18,7 +18,7 @@ import recipe.openmp  # noqa: F401  before torch
 
 # isort: split
 from recipe.corpus import check_data_options, load_corpus, load_tokenizer, pack
-from recipe.settings import BlockSettings, DataSettings, parse, setting
+from recipe.settings import BlockSettings, DataSettings
 from recipe.training import given_config, given_model
 from tqdm import tqdm
 from transformers import set_seed
@@ -31,6 +31,8 @@ from modeling_coe.command_line import (
     check_range,
     command,
     make_folder,
+    parse,
+    setting,
 )
 from modeling_coe.diagnostics import measure_routing
 from modeling_coe.diagnostics.plots import plot_load, plot_transitions

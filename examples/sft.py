@@ -31,7 +31,7 @@ from recipe.answers import solve
 from recipe.corpus import Example, choose_tokenizer, load_corpus
 from recipe.report import held_out_table, report
 from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
-from recipe.settings import JobSettings, parse, setting
+from recipe.settings import JobSettings
 from recipe.training import (
     FinishedRun,
     Stopwatch,
@@ -47,7 +47,7 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
-from modeling_coe.command_line import InputError, check_positive, command
+from modeling_coe.command_line import InputError, check_positive, command, parse, setting
 from modeling_coe.releases import CHECKPOINTING
 
 

@@ -7,14 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
 
 
+Settings = TypeVar("Settings")
 # What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
 LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
@@ -36,13 +39,37 @@ class OptionParser(argparse.ArgumentParser):
         raise InputError(f"{message}. `--help` tells what every option takes.")
 
 
-def command(run: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+class _SettingsParser(OptionParser, HfArgumentParser):
+    """transformers' parser of dataclasses, with the errors of our commands."""
+
+
+def setting(default: Any = MISSING, help: str | None = None, **options: Any) -> Any:
+    """A field with what the help says of its option, and further arguments of `add_argument`."""
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(kind: type[Settings], description: str, argv: Sequence[str] | None = None) -> Settings:
+    """Reads a command line into settings: a dataclass, or one that joins groups of them and may change their defaults.
+
+    Raises:
+        InputError: An option is unknown, missing, or has no such value.
+    """
+    groups = [each for each in reversed(kind.__mro__) if "_argument_group_name" in vars(each)] or [kind]
+    parser = _SettingsParser(description, dataclass_types=groups)
+    parser.set_defaults(**{each.name: each.default for each in fields(kind) if each.default is not MISSING})
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def command(run: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[str] | None], Any]:
     """Makes a command of a function of its arguments: bad input ends in one line and the exit code 1."""
 
     @wraps(run)
-    def main(argv: Sequence[str] | None = None) -> None:
+    def main(argv: Sequence[str] | None = None) -> Any:
         try:
-            run(argv)
+            return run(argv)
         except InputError as error:
             sys.exit(f"error: {error}")
 

@@ -473,17 +473,16 @@ def test_a_folder_that_cannot_be_written(inputs, tmp_path, monkeypatch, script):
         ("upcycling", "--steps 0", ("--steps is 0", "1 or more")),
         ("upcycling", "--work @file", ("file is a file", "choose a folder")),
         ("train_step", "--pairs 0", ("--pairs is 0", "1 or more")),
-        ("train_step", "--output @file", ("--output", "file is a file", "choose a folder")),
+        ("train_step", "--output @file", ("--output", "file is a file", "Choose another folder")),
     ],
 )
-def test_commands_of_benchmarks(inputs, capsys, monkeypatch, module, wrong, words):
-    """In the words of `argparse`, after the usage."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_commands_of_benchmarks(inputs, capsys, module, wrong, words):
+    """Some in the words of `argparse`, after the usage."""
     before = contents(inputs)
     argv = [str(inputs / word[1:]) if word.startswith("@") else word for word in wrong.split()]
-    name = f"benchmarks.{module}" if module != "train_step" else module
     with pytest.raises(SystemExit) as exit_info:
-        importlib.import_module(name).main(argv)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert exit_info.value.code == 2 and [word for word in words if word not in line] == [], line
+        importlib.import_module(f"benchmarks.{module}").main(argv)
+    code = exit_info.value.code
+    line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert (isinstance(code, str) or code == 2) and [word for word in words if word not in line] == [], line
     assert contents(inputs) == before

@@ -20,7 +20,7 @@ SCRIPTS = {"experts": experts, "generate": generate, "train_step": train_step}
 
 @pytest.fixture
 def args():
-    return measure.parse_arguments("", ["--size", "tiny"])
+    return measure.parse_settings(measure.BenchmarkSettings, "", ["--size", "tiny"])
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ class TestTargets:
         work = [measure.Work(10, 0)]
         comparison = measure.Comparison(**names, native_implementation="eager", ours=[ours], native=[10.0], work=work)
         comparison.tokens = 4
-        args = measure.parse_arguments("", ["--size", "mid", *options])
+        args = measure.parse_settings(measure.BenchmarkSettings, "", ["--size", "mid", *options])
         return comparison.figures(args, {"flops_per_second": 2.0, "bytes_per_second": 1.0})
 
     def test_met_or_not(self):
@@ -164,7 +164,9 @@ class TestModels:
         assert ALL_EXPERTS_FUNCTIONS["grouped_mm"] is grouped_mm_experts_forward
 
     def test_unavailable_implementations_have_a_reason(self):
-        args = measure.parse_arguments("", ["--size", "tiny", "--implementations", "eager", "no_such_kernel"])
+        args = measure.parse_settings(
+            measure.BenchmarkSettings, "", ["--size", "tiny", "--implementations", "eager", "no_such_kernel"]
+        )
         available, unavailable = measure.available_implementations(args)
         assert available == ["eager"]
         assert "no_such_kernel" in unavailable["no_such_kernel"]

@@ -1,40 +1,12 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""Settings as values. The options of every script are made of such classes and read into them, here and nowhere else;
-whatever computes takes the part that it needs."""
+"""Settings of training scripts as values: their options are made of these classes and read into them, and whatever
+computes takes the part that it needs."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from transformers import HfArgumentParser
-
-from modeling_coe.command_line import OptionParser
-
-
-Settings = TypeVar("Settings")
-
-
-class SettingsParser(OptionParser, HfArgumentParser):
-    """transformers' parser of dataclasses, with the errors of our commands."""
-
-
-def setting(default: Any = MISSING, help: str | None = None, **options: Any) -> Any:
-    """A field with what the help says of its option, and further arguments of `add_argument`."""
-    metadata = {"help": help, **options}
-    return field(metadata=metadata, **({"default_factory": list} if default == [] else {"default": default}))
-
-
-def parse(kind: type[Settings], description: str, argv: Sequence[str] | None = None) -> Settings:
-    """Reads a command line into settings: a class that joins groups of them, and may change their defaults.
-
-    Raises:
-        InputError: An option is unknown, missing, or has no such value.
-    """
-    groups = [each for each in reversed(kind.__mro__) if "_argument_group_name" in vars(each)]
-    parser = SettingsParser(description, dataclass_types=groups)
-    parser.set_defaults(**{each.name: each.default for each in fields(kind) if each.default is not MISSING})
-    return kind(**vars(parser.parse_args(argv)))
+from modeling_coe.command_line import setting
 
 
 @dataclass(frozen=True, kw_only=True)
