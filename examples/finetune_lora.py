@@ -123,10 +123,12 @@ def save_and_merge(
     adapter_folder = settings.output_dir / "adapter"
     model.save_pretrained(adapter_folder)
     tokenizer.save_pretrained(adapter_folder)
-    loaded = PeftModel.from_pretrained(given_model(settings.model, config), adapter_folder).to(model.device)
+    base = given_model(settings.model, config)
+    scales = iteration_scales(base)
+    loaded = PeftModel.from_pretrained(base, adapter_folder).to(model.device)
     loading = logit_difference(model, loaded)
     merged = loaded.merge_and_unload()
-    moved = scale_movement(given_model(settings.model, config), merged)
+    moved = {i: (scale - scales[i]).abs().max().item() for i, scale in iteration_scales(merged).items()}
     merging = logit_difference(model, merged)
     print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
     if not max(loading, merging) < 1e-3:
@@ -144,12 +146,12 @@ def save_and_merge(
     }
 
 
-def scale_movement(base: CoeForCausalLM, tuned: CoeForCausalLM) -> dict[int, float]:
-    """Largest change of an iteration scale, by layer; of a converted chain only. At scales of zero an iteration sees
-    nothing of those before it."""
+def iteration_scales(model: CoeForCausalLM) -> dict[int, torch.Tensor]:
+    """Copies of the iteration scales on the CPU, by layer; of a converted chain only. At scales of zero an iteration
+    sees nothing of those before it."""
     return {
-        i: (layer.iteration_scale.weight.cpu() - before.iteration_scale.weight.cpu()).abs().max().item()
-        for i, (before, layer) in enumerate(zip(base.model.layers, tuned.model.layers, strict=True))
+        i: layer.iteration_scale.weight.detach().to("cpu", copy=True)
+        for i, layer in enumerate(model.model.layers)
         if hasattr(layer, "iteration_scale")
     }
 
