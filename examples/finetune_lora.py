@@ -18,8 +18,7 @@ is reported are those of `pretrain.py`. The output folder holds
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
@@ -27,30 +26,13 @@ import recipe.openmp  # noqa: F401  before torch
 # isort: split
 import torch
 from peft import PeftModel, get_peft_model
-from recipe.answers import solve
-from recipe.corpus import (
-    choose_tokenizer,
-    encode_prompts,
-    fingerprint_of,
-    load_corpus,
-    pack_corpus,
-)
-from recipe.report import held_out_table, report
-from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.job import SavedModel, load_inputs, pack_inputs, run_job
+from recipe.run_folder import short_hash
 from recipe.settings import BlockJobSettings
-from recipe.training import (
-    FinishedRun,
-    check_options,
-    finished_run,
-    given_config,
-    given_model,
-    logit_difference,
-    save_and_reload,
-    train_on_blocks,
-)
+from recipe.training import check_options, given_config, given_model, logit_difference, save_and_reload
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from modeling_coe import CoeConfig, CoeForCausalLM, lora_config
+from modeling_coe import CoeForCausalLM, lora_config
 from modeling_coe.command_line import check_positive, command, parse, setting
 
 
@@ -86,44 +68,30 @@ def weights_fingerprint(model: CoeForCausalLM) -> str:
     return short_hash(tensor.cpu().numpy() for tensor in model.state_dict().values())
 
 
-def train(
-    settings: LoraSettings,
-    base: CoeForCausalLM,
-    train_blocks: torch.Tensor,
-    held_out_blocks: dict[str, torch.Tensor],
-    checkpoint: Path | None,
-) -> FinishedRun:
-    """Trains an adapter from the start, or from a checkpoint, to the last step."""
-    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
-        return finished_run(PeftModel.from_pretrained(base, checkpoint, is_trainable=True), checkpoint)
+def add_adapter(settings: LoraSettings, base: CoeForCausalLM) -> PeftModel:
+    """A new adapter on the model; prints how large it is."""
     set_seed(settings.seed)
     adapters = lora_config(
         base, r=settings.r, expert_r=settings.expert_r, lora_alpha=settings.alpha, routers=settings.routers
     )
     model = get_peft_model(base, adapters)
-    print(describe_adapter(model))
-    return train_on_blocks(settings, model, train_blocks, held_out_blocks, checkpoint)
-
-
-def describe_adapter(model: PeftModel) -> str:
-    """Its size next to the base model's, in parameters."""
     adapter, total = model.get_nb_trainable_parameters()
-    return f"{adapter:,} parameters in adapters, {adapter / (total - adapter):.1%} of the model's {total - adapter:,}"
+    size = f"{adapter / (total - adapter):.1%} of the model's {total - adapter:,}"
+    print(f"{adapter:,} parameters in adapters, {size}")
+    return model
 
 
-def save_and_merge(
-    settings: LoraSettings, config: CoeConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[CoeForCausalLM, dict[str, Any]]:
+def save_and_merge(settings: LoraSettings, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> SavedModel:
     """Saves the adapter, loads it onto the base model loaded anew, and saves the two merged.
 
     Returns:
-        The merged model, and for `results.json` the size of the adapter, the largest differences of a logit and, of a
-        converted chain, how far the scales of each layer moved.
+        The merged model with the size of the adapter, the largest differences of a logit and, of a converted chain,
+        how far the scales of each layer moved.
     """
     adapter_folder = settings.output_dir / "adapter"
     model.save_pretrained(adapter_folder)
     tokenizer.save_pretrained(adapter_folder)
-    base = given_model(settings.model, config)
+    base = given_model(settings.model, given_config(settings.model))
     scales = iteration_scales(base)
     loaded = PeftModel.from_pretrained(base, adapter_folder).to(model.device)
     loading = logit_difference(model, loaded)
@@ -137,13 +105,13 @@ def save_and_merge(
         layer = max(moved, key=moved.get)
         print(f"Iteration scales moved by up to {moved[layer]:.2e} (layer {layer}).")
     adapter, total = model.get_nb_trainable_parameters()
-    merged, _ = save_and_reload(merged, tokenizer, settings.output_dir / "model")
-    return merged, {
+    facts = {
         "adapter_parameters": adapter,
         "model_parameters": total - adapter,
         "logit_difference": {"loading": loading, "merging": merging},
         **({"iteration_scale_movement": moved} if moved else {}),
     }
+    return SavedModel(*save_and_reload(merged, tokenizer, settings.output_dir / "model"), facts)
 
 
 def iteration_scales(model: CoeForCausalLM) -> dict[int, torch.Tensor]:
@@ -158,26 +126,12 @@ def iteration_scales(model: CoeForCausalLM) -> dict[int, torch.Tensor]:
 
 def finetune(settings: LoraSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(settings)
-    config = given_config(settings.model)
-    corpus = load_corpus(settings, settings.seed)
-    tokenizer = choose_tokenizer(settings, corpus)
-    train_blocks, held_out_blocks = pack_corpus(settings, corpus, tokenizer)
-    base = given_model(settings.model, config)
-    fingerprint = f"{fingerprint_of(train_blocks, held_out_blocks)}-{weights_fingerprint(base)}"
-    checkpoint = open_run(settings, tokenizer, fingerprint)
-    run = train(settings, base, train_blocks, held_out_blocks, checkpoint)
-    model, facts = save_and_merge(settings, config, run.model, tokenizer)
-    report(
-        settings,
-        run,
-        held_out_table(run.log, held_out_blocks),
-        corpus,
-        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), settings.max_new_tokens),
-        title="Chain-of-Experts, LoRA fine-tuning",
-        training_tokens=settings.steps * settings.batch_size * settings.block_size,
-        **facts,
-    )
+    inputs = load_inputs(settings)
+    data = pack_inputs(settings, inputs)
+    base = given_model(settings.model, inputs.config)
+    data = data._replace(fingerprint=f"{data.fingerprint}-{weights_fingerprint(base)}")
+    model = add_adapter(settings, base)
+    run_job(settings, inputs, data, model, title="Chain-of-Experts, LoRA fine-tuning", save=save_and_merge)
 
 
 @command

@@ -22,41 +22,18 @@ computes bit for bit what it would have computed without the interruption. The o
 """
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from recipe.answers import solve
-from recipe.corpus import (
-    Corpus,
-    choose_tokenizer,
-    encode_prompts,
-    fingerprint_of,
-    load_corpus,
-    pack_corpus,
-)
-from recipe.report import held_out_table, report, unigram_loss
-from recipe.run_folder import check_output_dir, checkpoint_step, open_run
+from recipe.job import load_inputs, pack_inputs, run_job
+from recipe.report import unigram_losses
 from recipe.settings import BlockJobSettings
-from recipe.training import (
-    FinishedRun,
-    check_options,
-    finished_run,
-    given_config,
-    given_model,
-    save_and_reload,
-    train_on_blocks,
-)
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from recipe.training import check_options, given_model
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from configuration_coe import RESIDUAL_RULES, CoeConfig
 from modeling_coe import CoeForCausalLM
@@ -138,14 +115,11 @@ def check_settings(settings: PretrainSettings) -> None:
         )
 
 
-# ---- Model and training ---------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 def build_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> CoeConfig:
-    """The configuration of the given model, or the one that the options ask for, with the head sizes in the paper's
-    proportions to the hidden size."""
-    if settings.model is not None:
-        return given_config(settings.model)
+    """The configuration that the options ask for, with heads as wide as in the paper next to the hidden size."""
     head_dim = settings.hidden_size // settings.num_heads
     fields = {
         "vocab_size": len(tokenizer),
@@ -182,55 +156,15 @@ def build_model(settings: PretrainSettings, config: CoeConfig) -> CoeForCausalLM
     return CoeForCausalLM(config) if settings.model is None else given_model(settings.model, config)
 
 
-def train(
-    settings: PretrainSettings,
-    model: CoeForCausalLM,
-    train_blocks: torch.Tensor,
-    held_out_blocks: dict[str, torch.Tensor],
-    checkpoint: Path | None,
-) -> FinishedRun:
-    """Trains from the start, or from a checkpoint, to the last step."""
-    config = model.config
-    print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
-    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
-        return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
-    return train_on_blocks(settings, model, train_blocks, held_out_blocks, checkpoint)
-
-
-def report_run(
-    settings: PretrainSettings,
-    run: FinishedRun,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    train_blocks: torch.Tensor,
-    held_out_blocks: dict[str, torch.Tensor],
-) -> None:
-    """Saves the model, solves held-out problems with the saved one and reports."""
-    model, tokenizer = save_and_reload(run.model, tokenizer, settings.output_dir / "model")
-    unigram = {split: unigram_loss(train_blocks, blocks, len(tokenizer)) for split, blocks in held_out_blocks.items()}
-    report(
-        settings,
-        run,
-        held_out_table(run.log, held_out_blocks, unigram=unigram),
-        corpus,
-        lambda problems: solve(model, tokenizer, encode_prompts(tokenizer, problems), settings.max_new_tokens),
-        title="Chain-of-Experts pre-training",
-        parameters={"total": model.config.total_parameters, "active": model.config.active_parameters},
-        training_tokens=settings.steps * settings.batch_size * settings.block_size,
-    )
-
-
 def pretrain(settings: PretrainSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(settings)
-    corpus = load_corpus(settings, settings.seed)
-    tokenizer = choose_tokenizer(settings, corpus)
-    config = build_config(settings, tokenizer)
-    train_blocks, held_out_blocks = pack_corpus(settings, corpus, tokenizer)
+    inputs = load_inputs(settings)
+    config = inputs.config or build_config(settings, inputs.tokenizer)
+    data = pack_inputs(settings, inputs)
     model = build_model(settings, config)
-    checkpoint = open_run(settings, tokenizer, fingerprint_of(train_blocks, held_out_blocks))
-    run = train(settings, model, train_blocks, held_out_blocks, checkpoint)
-    report_run(settings, run, corpus, tokenizer, train_blocks, held_out_blocks)
+    print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
+    baselines = {"unigram": unigram_losses(data, len(inputs.tokenizer))}
+    run_job(settings, inputs, data, model, title="Chain-of-Experts pre-training", baselines=baselines)
 
 
 @command

@@ -19,34 +19,22 @@ too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
 from datasets import Dataset
-from recipe.answers import solve
-from recipe.corpus import Example, choose_tokenizer, load_corpus
-from recipe.report import held_out_table, report
-from recipe.run_folder import check_output_dir, checkpoint_step, open_run, short_hash
+from recipe.corpus import Corpus, Example
+from recipe.job import load_inputs, run_job
+from recipe.run_folder import short_hash
 from recipe.settings import JobSettings
-from recipe.training import (
-    FinishedRun,
-    Stopwatch,
-    check_options,
-    finished_run,
-    given_config,
-    given_model,
-    save_and_reload,
-    training_arguments,
-)
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from recipe.training import TrainingData, check_options, given_model
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from modeling_coe import CoeForCausalLM
-from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_positive, command, parse, setting
 from modeling_coe.releases import CHECKPOINTING
 
@@ -96,9 +84,14 @@ def as_conversations(examples: Iterable[Example], count: int) -> Dataset:
     return Dataset.from_list([as_messages(example) for example in islice(examples, count)])
 
 
-def fingerprint_of(train: Dataset, held_out: dict[str, Dataset]) -> str:
-    """A short hash of all conversations."""
-    return short_hash(repr(row).encode() for dataset in (train, *held_out.values()) for row in dataset)
+def converse(settings: SftSettings, corpus: Corpus) -> TrainingData:
+    """The conversations that the options ask for."""
+    train = as_conversations(corpus.train, settings.train_examples)
+    held_out = {
+        split: as_conversations(examples, settings.eval_examples) for split, examples in corpus.held_out.items()
+    }
+    rows = (repr(row).encode() for conversations in (train, *held_out.values()) for row in conversations)
+    return TrainingData(train, held_out, short_hash(rows))
 
 
 def check_lengths(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
@@ -122,72 +115,45 @@ def check_lengths(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, spl
             print(f"{too_long} of {len(prompts)} in {split!r} exceed --max-length.")
 
 
-def train(
-    settings: SftSettings,
-    model: CoeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Dataset,
-    held_out: dict[str, Dataset],
-    checkpoint: Path | None,
-) -> FinishedRun:
-    """Trains from the start, or from a checkpoint, to the last step."""
-    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
-        return finished_run(AutoModelForCausalLM.from_pretrained(checkpoint), checkpoint)
-    stopwatch = Stopwatch()
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            **training_arguments(settings, evaluate_first=checkpoint is None),
-            max_length=settings.max_length,
-            packing=True,
-            eval_packing=False,
-            completion_only_loss=True,
-            **{CHECKPOINTING: False},
-        ),
-        train_dataset=conversations,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[stopwatch, CpuKernelsCallback()],
-    )
-    trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as no base model; `model/` has its own
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    log = trainer.state.log_history
-    tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # up to the last evaluation
-    return FinishedRun(trainer.model, log, tokens / stopwatch.seconds)
+def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Example]) -> list[list[int]]:
+    """Prompts as the model sees them: what the user says."""
+    prompts = [as_messages(problem)["prompt"] for problem in problems]
+    return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
 
 
 def finetune(settings: SftSettings) -> None:
     """The whole run, from data to report."""
-    check_output_dir(settings)
-    config = given_config(settings.model)
-    corpus = load_corpus(settings, settings.seed)
-    tokenizer = choose_tokenizer(settings, corpus)
+    inputs = load_inputs(settings)
+    tokenizer = inputs.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    conversations = as_conversations(corpus.train, settings.train_examples)
-    held_out = {
-        split: as_conversations(examples, settings.eval_examples) for split, examples in corpus.held_out.items()
-    }
-    check_lengths(settings, tokenizer, {"train": conversations, **held_out})
+    data = converse(settings, inputs.corpus)
+    check_lengths(settings, tokenizer, {"train": data.train, **data.held_out})
     set_seed(settings.seed)
-    model = given_model(settings.model, config)
-    checkpoint = open_run(settings, tokenizer, fingerprint_of(conversations, held_out))
-    run = train(settings, model, tokenizer, conversations, held_out, checkpoint)
-    model, tokenizer = save_and_reload(run.model, tokenizer, settings.output_dir / "model")
+    model = given_model(settings.model, inputs.config)
 
-    def solver(problems: list[Example]) -> list[str]:
-        prompts = [as_messages(problem)["prompt"] for problem in problems]
-        ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
-        return solve(model, tokenizer, ids, settings.max_new_tokens)
+    def trainer(
+        model: CoeForCausalLM, arguments: dict[str, Any], data: TrainingData, callbacks: list[TrainerCallback]
+    ) -> SFTTrainer:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                **arguments,
+                max_length=settings.max_length,
+                packing=True,
+                eval_packing=False,
+                completion_only_loss=True,
+                **{CHECKPOINTING: False},
+            ),
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.create_model_card = lambda *args, **kwargs: None  # names a folder as base model; `model/` has its own
+        return trainer
 
-    report(
-        settings,
-        run,
-        held_out_table(run.log, held_out),
-        corpus,
-        solver,
-        title="Chain-of-Experts, supervised fine-tuning",
-        parameters={"total": config.total_parameters, "active": config.active_parameters},
-    )
+    title = "Chain-of-Experts, supervised fine-tuning"
+    run_job(settings, inputs, data, model, title=title, trainer=trainer, encode=encode)
 
 
 @command

@@ -13,7 +13,7 @@ import pytest
 import sft
 import torch
 from peft import PeftModel
-from recipe.corpus import load_tokenizer
+from recipe.corpus import load_corpus, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import CoeConfig, CoeForCausalLM
@@ -173,7 +173,7 @@ class TestSft:
         of the conversation."""
         args = sft.parse_settings(options("sft", base, runs["sft"], data))
         tokenizer = load_tokenizer(base)
-        (example,) = sft.load_corpus(args, args.seed).held_out["held_out"]
+        (example,) = load_corpus(args, args.seed).held_out["held_out"]
         prompt = tokenizer(f"{example.prompt}\n")["input_ids"]
         answer = [*tokenizer(example.answer)["input_ids"], tokenizer.eos_token_id]
         assert len(prompt + answer) < 256

@@ -13,7 +13,7 @@ from .answers import exact_match
 from .corpus import Corpus, Example
 from .run_folder import write_json
 from .settings import JobSettings, computing
-from .training import FinishedRun
+from .training import FinishedRun, TrainingData
 
 
 LossTable = dict[str, dict[str, float]]  # by split: "before" and "trained", and "unigram" where it is known
@@ -24,6 +24,13 @@ def unigram_loss(train_blocks: torch.Tensor, blocks: torch.Tensor, vocab_size: i
     that the model predicts: all of a block but the first."""
     counts = train_blocks.flatten().bincount(minlength=vocab_size).double() + 1
     return -(counts / counts.sum()).log()[blocks[:, 1:]].mean().item()
+
+
+def unigram_losses(data: TrainingData, vocab_size: int) -> dict[str, float]:
+    """The unigram loss on every split of blocks."""
+    return {
+        split: unigram_loss(data.train.tokens, blocks.tokens, vocab_size) for split, blocks in data.held_out.items()
+    }
 
 
 def held_out_table(log: list[dict[str, float]], splits: Iterable[str], **baselines: dict[str, float]) -> LossTable:
@@ -72,23 +79,27 @@ def print_report(results: dict[str, Any]) -> None:
 def report(
     settings: JobSettings,
     run: FinishedRun,
-    table: LossTable,
+    data: TrainingData,
     corpus: Corpus,
     solver: Callable[[list[Example]], list[str]],
+    *,
     title: str,
-    **facts: Any,
+    baselines: dict[str, dict[str, float]],
+    facts: dict[str, Any],
 ) -> None:
     """Has held-out problems solved, writes `results.json` and `loss_curve.png`, and prints the report.
 
     Args:
         settings (`JobSettings`): All options of the run, those of generation among them.
         run (`FinishedRun`): What training gave.
-        table (`LossTable`): Held-out losses.
+        data (`TrainingData`): What it was given.
         corpus (`Corpus`): With the problems of every held-out split.
         solver (`Callable[[list[Example]], list[str]]`): Gives the model's continuations of the prompts.
         title (`str`): Of the picture.
-        **facts: More for `results.json`.
+        baselines (`dict[str, dict[str, float]]`): By their names, other losses on every split.
+        facts (`dict[str, Any]`): More for `results.json`.
     """
+    table = held_out_table(run.log, data.held_out, **baselines)
     accuracy, samples = {}, {}
     for split, examples in corpus.held_out.items():
         problems = list(islice(examples, settings.num_problems))
@@ -101,6 +112,7 @@ def report(
     results = {
         "settings": computing(settings),
         **facts,
+        **({} if data.tokens_per_step is None else {"training_tokens": settings.steps * data.tokens_per_step}),
         "held_out_loss": table,
         "exact_match": accuracy,
         "tokens_per_second": run.tokens_per_second,

@@ -1,13 +1,15 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""What training runs have in common: their options, the model they are given, their speed, what they return."""
+"""Training with `Trainer`: its options, the model and data it is given, its speed, what it returns."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,8 +27,8 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
 
-from .corpus import Blocks, check_data_options
-from .run_folder import check_run_options
+from .corpus import check_data_options
+from .run_folder import check_run_options, checkpoint_step
 from .settings import JobSettings
 
 
@@ -156,6 +158,15 @@ def save_and_reload(
     return loaded, AutoTokenizer.from_pretrained(folder)
 
 
+class TrainingData(NamedTuple):
+    """What a model trains and is evaluated on, a short hash of it, and the tokens of a step where all have as many."""
+
+    train: Dataset
+    held_out: dict[str, Dataset]
+    fingerprint: str
+    tokens_per_step: int | None = None
+
+
 class FinishedRun(NamedTuple):
     """A finished training run: the model, the whole log, and the speed of the part this process did, if any."""
 
@@ -164,40 +175,61 @@ class FinishedRun(NamedTuple):
     tokens_per_second: float | None
 
 
-def finished_run(model: PreTrainedModel | PeftModel, checkpoint: Path) -> FinishedRun:
-    """The run whose last checkpoint this is; `Trainer` would take one step more.
+def block_trainer(
+    model: PreTrainedModel | PeftModel, arguments: dict[str, Any], data: TrainingData, callbacks: list[TrainerCallback]
+) -> Trainer:
+    """A trainer on packed blocks.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Loaded from the checkpoint.
-        checkpoint (`Path`): A complete one.
+        model (`PreTrainedModel` or `PeftModel`): What to train, in place.
+        arguments (`dict[str, Any]`): Fields of [`TrainingArguments`].
+        data (`TrainingData`): Blocks.
+        callbacks (`list[TrainerCallback]`): Of this run.
     """
-    return FinishedRun(model, TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history, None)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        callbacks=callbacks,
+    )
 
 
-def train_on_blocks(
+def train(
     settings: JobSettings,
     model: PreTrainedModel | PeftModel,
-    train_blocks: torch.Tensor,
-    held_out_blocks: dict[str, torch.Tensor],
+    data: TrainingData,
+    make_trainer: Callable[..., Trainer],
     checkpoint: Path | None,
 ) -> FinishedRun:
-    """Trains with `Trainer`, from the start or from a checkpoint, to the last step.
+    """Trains from the start, or from a checkpoint, to the last step.
 
     Args:
         settings (`JobSettings`): Of the run and of training.
         model (`PreTrainedModel` or `PeftModel`): What to train, in place.
-        train_blocks (`torch.Tensor`): Token ids (blocks, block_size).
-        held_out_blocks (`dict[str, torch.Tensor]`): Likewise, by split.
+        data (`TrainingData`): What on.
+        make_trainer (`Callable[..., Trainer]`): As [`block_trainer`].
         checkpoint (`Path`, *optional*): Where to go on from.
     """
+    if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
+        # `Trainer` would take one step more.
+        log = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history
+        return FinishedRun(trained_model(model, checkpoint), log, None)
     stopwatch = Stopwatch()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**training_arguments(settings, evaluate_first=checkpoint is None)),
-        train_dataset=Blocks(train_blocks),
-        eval_dataset={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
-        callbacks=[stopwatch, CpuKernelsCallback()],
-    )
+    arguments = training_arguments(settings, evaluate_first=checkpoint is None)
+    trainer = make_trainer(model, arguments, data, [stopwatch, CpuKernelsCallback()])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    tokens = stopwatch.steps * train_blocks[: settings.batch_size].numel()
-    return FinishedRun(model, trainer.state.log_history, tokens / stopwatch.seconds)
+    log = trainer.state.log_history
+    if data.tokens_per_step is not None:
+        tokens = data.tokens_per_step * stopwatch.steps
+    else:
+        tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # as TRL counts them
+    return FinishedRun(trainer.model, log, tokens / stopwatch.seconds)
+
+
+def trained_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:
+    """The model as a checkpoint has it; where it has an adapter alone, on the base model given."""
+    if isinstance(model, PreTrainedModel):
+        return AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    return model

@@ -1,0 +1,105 @@
+# Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
+"""The run itself, the same for every way of training: what it reads, and what happens with a model and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from modeling_coe import CoeConfig, CoeForCausalLM
+
+from .answers import solve
+from .corpus import Blocks, Corpus, Example, choose_tokenizer, encode_prompts, fingerprint_of, load_corpus, pack_corpus
+from .report import report
+from .run_folder import check_output_dir, open_run
+from .settings import BlockJobSettings, JobSettings
+from .training import TrainingData, block_trainer, given_config, save_and_reload, train
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Inputs(NamedTuple):
+    """What a run reads: the configuration of the model it is given, if it is, its texts, and its tokenizer."""
+
+    config: CoeConfig | None
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+
+
+class SavedModel(NamedTuple):
+    """A model and its tokenizer, read back from the folder they were saved to, and what was found of them."""
+
+    model: CoeForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    facts: dict[str, Any]
+
+
+def load_inputs(settings: JobSettings) -> Inputs:
+    """Checks the output folder, and loads what the run reads.
+
+    Raises:
+        InputError: There is no such thing, or the run may not write its folder.
+    """
+    check_output_dir(settings)
+    config = None if settings.model is None else given_config(settings.model)
+    corpus = load_corpus(settings, settings.seed)
+    return Inputs(config, corpus, choose_tokenizer(settings, corpus))
+
+
+def pack_inputs(settings: BlockJobSettings, inputs: Inputs) -> TrainingData:
+    """The texts in blocks."""
+    train_blocks, held_out_blocks = pack_corpus(settings, inputs.corpus, inputs.tokenizer)
+    return TrainingData(
+        train=Blocks(train_blocks),
+        held_out={split: Blocks(blocks) for split, blocks in held_out_blocks.items()},
+        fingerprint=fingerprint_of(train_blocks, held_out_blocks),
+        tokens_per_step=settings.batch_size * settings.block_size,
+    )
+
+
+def save(settings: JobSettings, model: CoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SavedModel:
+    """Saves the trained model as `model/`, and reads it back."""
+    model, tokenizer = save_and_reload(model, tokenizer, settings.output_dir / "model")
+    parameters = {"total": model.config.total_parameters, "active": model.config.active_parameters}
+    return SavedModel(model, tokenizer, {"parameters": parameters})
+
+
+def run_job(
+    settings: JobSettings,
+    inputs: Inputs,
+    data: TrainingData,
+    model: CoeForCausalLM | PeftModel,
+    *,
+    title: str,
+    baselines: dict[str, dict[str, float]] | None = None,
+    trainer: Callable[..., Trainer] = block_trainer,
+    encode: Callable[[PreTrainedTokenizerBase, list[Example]], list[list[int]]] = encode_prompts,
+    save: Callable[[JobSettings, CoeForCausalLM | PeftModel, PreTrainedTokenizerBase], SavedModel] = save,
+) -> None:
+    """Trains a model, or goes on with a run that was interrupted; saves it, has the saved one solve held-out problems,
+    and reports.
+
+    Args:
+        settings (`JobSettings`): All options of the run.
+        inputs (`Inputs`): What it reads.
+        data (`TrainingData`): What of these the model is trained and evaluated on.
+        model (`CoeForCausalLM` or `PeftModel`): Is trained in place.
+        title (`str`): Of the picture of the losses.
+        baselines (`dict[str, dict[str, float]]`, *optional*): Other losses to report, by their names and the splits.
+        trainer (`Callable[..., Trainer]`): Makes a trainer as [`block_trainer`] does.
+        encode (`Callable`): Makes prompts of a tokenizer and problems.
+        save (`Callable[..., SavedModel]`): Saves the trained model with the tokenizer.
+    """
+    checkpoint = open_run(settings, inputs.tokenizer, data.fingerprint)
+    run = train(settings, model, data, trainer, checkpoint)
+    saved = save(settings, run.model, inputs.tokenizer)
+
+    def solver(problems: list[Example]) -> list[str]:
+        prompts = encode(saved.tokenizer, problems)
+        return solve(saved.model, saved.tokenizer, prompts, settings.max_new_tokens)
+
+    report(settings, run, data, inputs.corpus, solver, title=title, baselines=baselines or {}, facts=saved.facts)
