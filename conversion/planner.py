@@ -2,35 +2,25 @@
 """From a source and options to a plan: to a chain, from one back to its family, and to the official layout."""
 
 import copy
-import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
-from .checkpoint import Checkpoint, ConversionError, StoredTensor, shorten, stored_dtype
+from .checkpoint import Checkpoint, ConversionError, shorten, stored_dtype
 from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
-from .family import Family
 from .plan import Options, Output, Plan, account, drop_tied_head
+from .tensors import to_chain, to_source
 
 
 # A chain of one iteration that keeps the residual stream is what all other families have.
 _SINGLE = {"inner_iter": 1, "prenorm_residual": True}
-_LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_SOURCE_ROUTER = re.compile(r"mlp\.gate\.(weight|e_score_correction_bias)")
-_CHAIN_ROUTER = re.compile(r"mlp\.gate\.(\d+)\.(weight|e_score_correction_bias)")
-_DENSE_MLP = re.compile(r"mlp\.((?:gate|up|down)_proj)\.weight")
-# Every layer of every family has it: what a layer gets new is made, and stored, along with it.
-_ANCHOR = "post_attention_layernorm.weight"
 
 
 def plan_conversion(folder: Path, options: Options) -> Plan:
@@ -88,7 +78,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
         elif "shared_expert_gate" in key and not config.shared_expert_width:
             plan.dropped[key] = "it gates shared experts of width 0"
         else:
-            plan.outputs += _chain_outputs(key, tensor, family, config, options)
+            plan.outputs += to_chain(key, tensor, family, config, options)
     return plan
 
 
@@ -181,69 +171,6 @@ def _check_layers(layers: tuple[int, ...], allowed: range | list[int]) -> None:
         )
 
 
-def _chain_outputs(
-    key: str, tensor: StoredTensor, family: Family, config: CoeConfig, options: Options
-) -> list[Output]:
-    name = family.chain_key(key)
-
-    def output(name: str, rule: str = "copied", shape: tuple[int, ...] = tensor.shape, **make) -> Output:
-        return Output(name, shape, stored_dtype(name, tensor.dtype, options.dtype), key, rule, **make)
-
-    match = _LAYER_KEY.fullmatch(name)
-    iterations = config.num_iterations(int(match[1])) if match else 0
-    if iterations == 0:
-        return [output(name)]
-    prefix, rest = f"model.layers.{match[1]}.", match[2]
-    if router := _SOURCE_ROUTER.fullmatch(rest):
-        noisy = options.router_noise and router[1] == "weight"
-        return [output(f"{prefix}mlp.gate.0.{router[1]}")] + [
-            output(name, "copied, with noise", make=_add_noise(name, options))
-            if noisy
-            else output(name, "copied to a later iteration")
-            for name in (f"{prefix}mlp.gate.{t}.{router[1]}" for t in range(1, iterations))
-        ]
-    if family.dense and (mlp := _DENSE_MLP.fullmatch(rest)):
-        names = [f"{prefix}mlp.experts.{expert}.{mlp[1]}.weight" for expert in range(config.n_routed_experts)]
-        if options.upcycle == "copy":
-            return [output(name, "copied to an expert") for name in names]
-        dim = 1 if mlp[1] == "down_proj" else 0
-        width = tensor.shape[dim] // config.n_routed_experts
-        shape = tuple(width if axis == dim else size for axis, size in enumerate(tensor.shape))
-        return [
-            output(name, "sliced", shape, make=lambda whole, i=i: whole.narrow(dim, i * width, width))
-            for i, name in enumerate(names)
-        ]
-    outputs = [output(name)]
-    if rest == _ANCHOR:
-        if iterations > 1:
-            scale = torch.zeros(iterations - 1, config.hidden_size)
-            outputs.append(output(f"{prefix}iteration_scale", "new: zero", tuple(scale.shape), make=lambda _: scale))
-        if family.dense:
-            rule, make = _new_router(prefix, config, options)
-            shape = (config.n_routed_experts, config.hidden_size)
-            outputs += [output(f"{prefix}mlp.gate.{t}.weight", rule, shape, make=make) for t in range(iterations)]
-    return outputs
-
-
-def _new_router(prefix: str, config: CoeConfig, options: Options) -> tuple[str, Callable]:
-    """How the routers of a layer are called and made, the same for all of its iterations."""
-    shape = (config.n_routed_experts, config.hidden_size)
-    used = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
-    if options.upcycle == "slice" and used == config.n_routed_experts:
-        return "new: zero", lambda _: torch.zeros(shape)
-    return "new: random", lambda _: config.initializer_range * _noise(shape, prefix, options)
-
-
-def _add_noise(name: str, options: Options) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda weight: weight.float() + options.router_noise * _noise(weight.shape, name, options)
-
-
-def _noise(shape: tuple[int, ...], name: str, options: Options) -> torch.Tensor:
-    """Standard normal numbers that depend on the seed and the name alone, not on the order of files."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{options.seed} {name}".encode()))
-    return torch.randn(shape, generator=generator)
-
-
 # ---------------------------------------------------------------------------------------------- chain -> elsewhere
 
 
@@ -296,26 +223,13 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
     problems = []
     for key, tensor in checkpoint.tensors.items():
-        match = _LAYER_KEY.fullmatch(key)
-        prefix, name = (key[: match.start(2)], match[2]) if match else ("", key)
-        if name in ("iteration_scale", "iteration_scale.weight"):  # on disk, and as a state dict has it
-            if checkpoint.read(key).any():
-                problems.append(f"`{key}` is not zero")
-            plan.dropped[key] = "zero"
-            continue
-        if router := _CHAIN_ROUTER.fullmatch(name):
-            # At zero scale every iteration sees the same input; what `refine` returns is the last one's.
-            kept = config.num_iterations(int(match[1])) - 1 if rule == "refine" else 0
-            if int(router[1]) != kept:
-                kept_key = f"{prefix}mlp.gate.{kept}.{router[2]}"
-                if rule == "split" and kept_key in checkpoint.tensors and checkpoint.differs(key, kept_key):
-                    problems.append(f"`{key}` is not `{kept_key}`")
-                same = f"equal to the router of iteration {kept}"
-                plan.dropped[key] = "without effect at zero scale" if rule == "refine" else same
-                continue
-            name = f"mlp.gate.{router[2]}"
-        name = family.source_key(prefix + name)
-        plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
+        name, dropped, problem = to_source(key, family, config, checkpoint)
+        if name is None:
+            plan.dropped[key] = dropped
+        else:
+            plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
+        if problem is not None:
+            problems.append(problem)
     if problems:
         raise ConversionError(
             f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}. Only chains "
