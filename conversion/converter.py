@@ -4,11 +4,10 @@
 import errno
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 from configuration_coe import CoeConfig
 from modeling_coe import CoeForCausalLM
 from modeling_coe.modeling_coe import AUTO_MAP
+from modeling_coe.staging import staged_folder
 
 from .checkpoint import (
     Checkpoint,
@@ -113,7 +113,7 @@ def convert(
     carried = _find_carried(folder)
     batch = make_batch(folder, plan.source_config, verify_tokens, verify_text)
     _check_space(out, plan.nbytes)
-    with _staging(out, overwrite) as staging:
+    with _staged(out, overwrite) as staging:
         with _bar("Writing", plan.nbytes, progress) as bar:
             _write_weights(plan, staging, shard_size, bar)
         _write_config(plan, staging)
@@ -183,6 +183,9 @@ def _check_target(out: Path, source: Path, overwrite: bool) -> None:
     if target == source or source in target.parents or target in source.parents:
         raise ConversionError(f"OUT {out} and the source {source} lie in each other. Choose another OUT.")
     if not (out.exists() or out.is_symlink()):
+        nearest = next(parent for parent in target.parents if parent.exists())
+        if not nearest.is_dir():
+            raise ConversionError(f"OUT {out} cannot be made: {nearest} is a file. Choose another OUT.")
         return
     if not overwrite:
         raise ConversionError(f"OUT {out} exists. Choose another, or pass `--overwrite`.")
@@ -199,61 +202,17 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place when the block ends, and is removed when it raises."""
-    out = out.resolve()
-    new_parents = [parent for parent in out.parents if not parent.exists()]
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """[`staged_folder`] with errors that name the remedy."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConversionError(f"OUT {out} cannot be made ({error}). Choose another OUT.") from error
-    _clear_remains(out)
-    owner = f"{platform.node()}.{os.getpid()}"
-    staging, replaced = (out.with_name(f".{out.name}.{owner}.{kind}") for kind in ("partial", "replaced"))
-    try:
-        staging.mkdir()
-        yield staging
-        if overwrite and out.exists():
-            out.rename(replaced)
-        staging.rename(out)
+        with staged_folder(out, overwrite) as staging:
+            yield staging
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConversionError(f"There is no room for the result ({error.strerror}). Nothing was kept.") from error
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise ConversionError(f"OUT {out} has been made by someone else meanwhile. Nothing was kept.") from error
-        raise ConversionError(f"OUT {out} cannot be written ({error}). Nothing was kept; choose another.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if not out.exists():
-            for parent in new_parents:
-                with suppress(OSError):  # someone else has put something there meanwhile
-                    parent.rmdir()
-
-
-def _clear_remains(out: Path) -> None:
-    """Removes what killed runs left beside `out`, and restores what one of them was about to replace."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.{re.escape(platform.node())}\.(\d+)\.(partial|replaced)")
-    for remains in list(out.parent.iterdir()):
-        if (match := pattern.fullmatch(remains.name)) and not _is_alive(int(match[1])):
-            if match[2] == "replaced" and not out.exists():
-                remains.rename(out)
-            else:
-                shutil.rmtree(remains)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():  # ours is not there yet, so this was an earlier process of the same number
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        raise ConversionError(f"OUT {out} cannot be made ({error}). Nothing was kept. Choose another OUT.") from error
 
 
 def _write_weights(plan: Plan, folder: Path, max_shard_size: int, bar: tqdm) -> None:

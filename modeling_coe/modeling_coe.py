@@ -69,7 +69,7 @@ from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
 from .releases import CACHE, slice_logits_to_keep, takes_cache
-from .staging import staged_directory
+from .staging import staged_files
 from .state_dict import fuse_expert_weights, rename_iteration_scale
 
 
@@ -413,7 +413,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         if in_place or not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         else:
-            with staged_directory(save_directory) as staging:
+            with staged_files(save_directory) as staging:
                 if isinstance(self, FSDPModule):
                     custom_object_save(CoePreTrainedModel, staging)
                 super().save_pretrained(staging, **kwargs)
