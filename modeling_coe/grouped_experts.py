@@ -141,10 +141,10 @@ class _GroupedExperts(torch.autograd.Function):
         tokens, top_k_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
         rows, blocks = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
         grad_output = grad_output.to(tokens.dtype)
-        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]
+        row_weights = top_k_weights.reshape(-1, 1)[rows.choice]  # (R, 1)
         grad_row_weights = torch.empty_like(row_weights)
-        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])
-        inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # the input of the down projection
+        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])  # (R, 2I)
+        inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # (R, I), the input of the down projection
         for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
             gate, up = gate_up.chunk(2, dim=-1)
             with torch.enable_grad():
@@ -153,7 +153,7 @@ class _GroupedExperts(torch.autograd.Function):
             torch.mul(act.detach(), up, out=inner[block])
 
             # With w the weight of a row, its share of the output is w * down(inner).
-            inputs = grad_output.index_select(0, rows.token[block])
+            inputs = grad_output.index_select(0, rows.token[block])  # (rows, H)
             grad_inner = grouped_product(inputs, down_proj[experts], rows.counts[experts], rows.load)
             if ctx.needs_input_grad[1]:
                 factors = (tensor.to(row_weights.dtype) for tensor in (grad_inner, inner[block]))
@@ -169,7 +169,7 @@ class _GroupedExperts(torch.autograd.Function):
             ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
         grad_tokens = grad_top_k_weights = None
         if ctx.needs_input_grad[0]:
-            grad_rows = grouped_product(grad_gate_up, gate_up_proj, rows.counts, rows.load)
+            grad_rows = grouped_product(grad_gate_up, gate_up_proj, rows.counts, rows.load)  # (R, H)
             grad_tokens = _sum_rows(grad_rows, rows.slot).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
             grad_top_k_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format)

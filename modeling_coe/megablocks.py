@@ -126,18 +126,17 @@ def _block_sparse_experts(
     gate_up_proj, down_proj = prepare_weight(gate_up_proj, dtype), prepare_weight(down_proj, dtype)
     bins = _sort_into_bins(top_k_index, experts.num_experts)
 
-    rows = _pad_columns(hidden_states.to(dtype), gate_up_proj.shape[2])
-    rows = _Gather.apply(rows, bins.source // num_top_k, bins.position.view(num_tokens, num_top_k))
-    rows = _BlockSparseLinear.apply(rows, gate_up_proj, bins)
+    x = _pad_columns(hidden_states.to(dtype), gate_up_proj.shape[2])  # (T, H)
+    rows = _Gather.apply(x, bins.source // num_top_k, bins.position.view(num_tokens, num_top_k))  # (R, H)
+    gate_up = _BlockSparseLinear.apply(rows, gate_up_proj, bins)  # (R, 2I)
     # Sliced to the stored widths, so that any activation sees what it would see in a dense layer.
-    rows = experts._apply_gate(rows[:, :gate_up_dim]).to(dtype)
-    rows = _pad_columns(rows, down_proj.shape[2])
-    rows = _BlockSparseLinear.apply(rows, down_proj, bins)
-    rows = _Gather.apply(rows[:, :hidden_dim], bins.position, bins.source.unsqueeze(1))
+    inner = experts._apply_gate(gate_up[:, :gate_up_dim]).to(dtype)  # (R, I)
+    rows = _BlockSparseLinear.apply(_pad_columns(inner, down_proj.shape[2]), down_proj, bins)  # (R, H)
+    choices = _Gather.apply(rows[:, :hidden_dim], bins.position, bins.source.unsqueeze(1))  # (T * K, H)
 
     # Weighted and summed over K as one reduction: no atomics, and fp32 whatever the compute dtype.
     weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
-    output = (rows.view(num_tokens, num_top_k, hidden_dim) * weights.unsqueeze(-1)).sum(dim=1)
+    output = (choices.view(num_tokens, num_top_k, hidden_dim) * weights.unsqueeze(-1)).sum(dim=1)  # (T, H)
     return output.to(hidden_states.dtype)
 
 
