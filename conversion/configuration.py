@@ -20,19 +20,46 @@ from .families import FAMILIES
 
 # What must be 1 or more, and what 0 or more. What depends on other fields is left to the classes of configurations.
 _POSITIVE_COUNTS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings moe_intermediate_size num_experts num_local_experts n_routed_experts "
-    "num_experts_per_tok q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    "decoder_sparse_step moe_layer_freq inner_iter"
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "decoder_sparse_step",
+    "moe_layer_freq",
+    "inner_iter",
 )
 _COUNTS = (
-    "intermediate_size first_k_dense_replace n_shared_experts shared_expert_intermediate_size "
-    "num_nextn_predict_layers sliding_window"
+    "intermediate_size",
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
+    "num_nextn_predict_layers",
+    "sliding_window",
 )
-_NUMBERS = "rms_norm_eps initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef"
+_NUMBERS = ("rms_norm_eps", "initializer_range", "attention_dropout", "aux_loss_alpha", "router_aux_loss_coef")
 # Fields of which every unit is a tensor or a row of one. With more than the weights have, building a model has no end.
 _LIMITED = (
-    "num_hidden_layers num_experts num_local_experts n_routed_experts inner_iter hidden_size head_dim qk_rope_head_dim"
+    "num_hidden_layers",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "inner_iter",
+    "hidden_size",
+    "head_dim",
+    "qk_rope_head_dim",
 )
 # Fields of the rotary embedding that it divides by, or takes powers of.
 _POSITIVE_IN_ROPE = ("rope_theta", "factor")
@@ -99,14 +126,14 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
         if name.rpartition(".")[2] in _POSITIVE_IN_ROPE and _is_number(value) and not value > 0:
             raise _wrong(name, value, "not greater than 0")
     for least, kind, names in ((1, int, _POSITIVE_COUNTS), (0, int, _COUNTS), (0, int | float, _NUMBERS)):
-        for name in names.split():
+        for name in names:
             value = values.get(name)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise _wrong(name, value, "not a whole number" if kind is int else "not a number")
             if value is not None and value < least:
                 raise _wrong(name, value, f"less than {least}")
     limit = max([len(checkpoint.tensors), *(size for tensor in checkpoint.tensors.values() for size in tensor.shape)])
-    for name in _LIMITED.split():
+    for name in _LIMITED:
         if (values.get(name) or 0) > limit:
             raise _wrong(name, values[name], "more than the weights can hold", "Correct it, or complete the weights.")
     pad, vocabulary = values.get("pad_token_id"), values.get("vocab_size")

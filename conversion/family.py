@@ -17,23 +17,62 @@ from configuration_coe import CoeConfig
 from .checkpoint import ConversionError
 
 
-# Fields that every family calls as `CoeConfig` does; those that a family does not have are skipped. Lists of fields
-# are strings, separated by blanks.
+# Fields that every family calls as `CoeConfig` does; those that a family does not have are skipped.
 COMMON_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads num_experts_per_tok hidden_act max_position_embeddings initializer_range "
-    "rms_norm_eps rope_parameters attention_bias attention_dropout tie_word_embeddings use_cache "
-    "output_router_logits pretraining_tp pad_token_id bos_token_id eos_token_id dtype"
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "use_cache",
+    "output_router_logits",
+    "pretraining_tp",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
 )
 # Fields of the source that cannot change what the model computes and are not carried over.
 HARMLESS_FIELDS = (
-    "architectures auto_map chunk_size_feed_forward ep_size id2label ignore_keys_at_rope_validation "
-    "is_encoder_decoder label2id model_type num_labels output_attentions output_hidden_states "
-    "problem_type return_dict torch_dtype transformers_version unsloth_fixed unsloth_version"
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "ep_size",
+    "id2label",
+    "ignore_keys_at_rope_validation",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
 )
 _DROPPED_KEYS = {r"rotary_emb\.inv_freq$": "computed from the config"}
 # What may differ between a chain and the family that it goes back to: how it is trained and stored.
-_TRAINING_FIELDS = f"{HARMLESS_FIELDS} aux_loss_alpha seq_aux router_z_loss_coef output_router_logits dtype".split()
+_TRAINING_FIELDS = (
+    *HARMLESS_FIELDS,
+    "aux_loss_alpha",
+    "seq_aux",
+    "router_z_loss_coef",
+    "output_router_logits",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +98,7 @@ class Family:
 
     model_type: str
     backbone: str
-    same: str = ""
+    same: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     computed: dict[str, Callable[[PreTrainedConfig], Any]] = field(default_factory=dict)
@@ -74,7 +113,7 @@ class Family:
     @property
     def fields(self) -> dict[str, str]:
         """All fields of the source's config with a counterpart in `CoeConfig`, and that."""
-        return {name: name for name in f"{COMMON_FIELDS} {self.same}".split()} | self.renamed
+        return {name: name for name in (*COMMON_FIELDS, *self.same)} | self.renamed
 
     def source_field(self, name: str, config: PreTrainedConfig) -> str | None:
         """What config.json calls a field of `CoeConfig`, `None` where the family has no such field."""
@@ -131,7 +170,7 @@ class Family:
         values = {
             name: getattr(config, chain)
             for name, chain in self.fields.items()
-            if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS.split())
+            if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS)
         }
         values |= self.required | {name: compute(config) for name, compute in self.derived.items()}
         for name, value in values.items():
@@ -168,7 +207,7 @@ class Family:
             *self.required,
             *self.implied,
             *self.left_out,
-            *HARMLESS_FIELDS.split(),
+            *HARMLESS_FIELDS,
         }
         understood |= {config.attribute_map.get(name, name) for name in understood}
         unknown = [

@@ -191,34 +191,48 @@ def _expected_tensors(config: PreTrainedConfig, produced: set[str]) -> dict[str,
 
 # Parts of tensors' names -> the fields that decide whether there is such a tensor in a layer.
 _EXISTENCE = {
-    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
-    r"e_score_correction_bias$": "topk_method",
-    r"self_attn\.q_(proj|a_proj|b_proj|a_layernorm)\.weight": "q_lora_rank",
-    r"self_attn\..*bias$": "attention_bias qkv_bias",
-    r"mlp\..*_proj\.bias$": "mlp_bias",
-    r"lm_head": "tie_word_embeddings",
-    r"iteration_scale": "upcycling inner_iter chain_layers",
-    r"mlp\.gate\.\d": "inner_iter chain_layers",
+    r"shared_expert": ("n_shared_experts", "shared_expert_intermediate_size"),
+    r"e_score_correction_bias$": ("topk_method",),
+    r"self_attn\.q_(proj|a_proj|b_proj|a_layernorm)\.weight": ("q_lora_rank",),
+    r"self_attn\..*bias$": ("attention_bias", "qkv_bias"),
+    r"mlp\..*_proj\.bias$": ("mlp_bias",),
+    r"lm_head": ("tie_word_embeddings",),
+    r"iteration_scale": ("upcycling", "inner_iter", "chain_layers"),
+    r"mlp\.gate\.\d": ("inner_iter", "chain_layers"),
 }
 # Likewise, how large it is.
 _SIZES = {
-    r"experts\.": "moe_intermediate_size",
-    r"experts\.(gate_up|up|gate|down)_proj$|gate\.(\d\.)?weight|e_score_correction_bias": "n_routed_experts",
-    r"shared_expert": "n_shared_experts shared_expert_intermediate_size",
-    r"mlp\.(gate|up|down)_proj": "intermediate_size",
-    r"self_attn\.[qo]": "num_attention_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank",
-    r"self_attn\.[kv]": "num_key_value_heads head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank",
-    r"embed_tokens|lm_head": "vocab_size",
-    r"iteration_scale": "inner_iter",
-    r"": "hidden_size",
+    r"experts\.": ("moe_intermediate_size",),
+    r"experts\.(gate_up|up|gate|down)_proj$|gate\.(\d\.)?weight|e_score_correction_bias": ("n_routed_experts",),
+    r"shared_expert": ("n_shared_experts", "shared_expert_intermediate_size"),
+    r"mlp\.(gate|up|down)_proj": ("intermediate_size",),
+    r"self_attn\.[qo]": (
+        "num_attention_heads",
+        "head_dim",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "q_lora_rank",
+    ),
+    r"self_attn\.[kv]": (
+        "num_key_value_heads",
+        "head_dim",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "kv_lora_rank",
+    ),
+    r"embed_tokens|lm_head": ("vocab_size",),
+    r"iteration_scale": ("inner_iter",),
+    r"": ("hidden_size",),
 }
 _MTP_LAYERS = "num_nextn_predict_layers"
 _EXPERTS = re.compile(r"\.experts\.|\.gate\.")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
-def _matching(table: dict[str, str], name: str) -> list[str]:
-    return [field for pattern, fields in table.items() if re.search(pattern, name) for field in fields.split()]
+def _matching(table: dict[str, tuple[str, ...]], name: str) -> list[str]:
+    return [field for pattern, fields in table.items() if re.search(pattern, name) for field in fields]
 
 
 def _layers(names: Iterable[str]) -> dict[str, bool]:

@@ -35,8 +35,15 @@ _KINDS = (
 )
 # What quantised modules keep beside their weight. These count as memory and not as parameters.
 _BESIDE_THE_WEIGHT = {
-    *("weight_scale", "weight_scale_inv", "activation_scale", "input_scale", "scales", "qzeros", "g_idx"),
-    *("gate_up_proj_scale_inv", "down_proj_scale_inv"),
+    "weight_scale",
+    "weight_scale_inv",
+    "activation_scale",
+    "input_scale",
+    "scales",
+    "qzeros",
+    "g_idx",
+    "gate_up_proj_scale_inv",
+    "down_proj_scale_inv",
 }
 
 

@@ -8,9 +8,22 @@ FAMILY = Family(
     model_type="deepseek_v3",
     backbone="deepseek_v3",
     same=(
-        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave "
-        "moe_intermediate_size n_routed_experts n_shared_experts first_k_dense_replace n_group topk_group "
-        "norm_topk_prob routed_scaling_factor aux_loss_alpha seq_aux"
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "rope_interleave",
+        "moe_intermediate_size",
+        "n_routed_experts",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "n_group",
+        "topk_group",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "aux_loss_alpha",
+        "seq_aux",
     ),
     constants={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     derived={"num_nextn_predict_layers": lambda config: 0},

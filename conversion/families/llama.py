@@ -7,7 +7,7 @@ from ..family import Family
 FAMILY = Family(
     model_type="llama",
     backbone="llama",
-    same="head_dim",
+    same=("head_dim",),
     constants={"n_shared_experts": None, "seq_aux": False},
     required={"mlp_bias": False},
     dense=True,

@@ -7,7 +7,7 @@ from ..family import Family
 FAMILY = Family(
     model_type="mistral",
     backbone="mixtral",
-    same="head_dim sliding_window",
+    same=("head_dim", "sliding_window"),
     constants={"n_shared_experts": None, "seq_aux": False},
     dense=True,
 )

@@ -12,13 +12,47 @@ from ..checkpoint import ConversionError
 
 # What its config.json holds under the same names.
 _FIELDS = (
-    "attention_bias attention_dropout aux_loss_alpha bos_token_id eos_token_id first_k_dense_replace "
-    "hidden_act hidden_size initializer_range inner_iter inner_residual intermediate_size "
-    "kv_lora_rank max_position_embeddings moe_intermediate_size moe_layer_freq n_group "
-    "n_routed_experts n_shared_experts norm_topk_prob num_attention_heads num_experts_per_tok "
-    "num_hidden_layers num_key_value_heads outer_residual pad_token_id pretraining_tp q_lora_rank "
-    "qk_nope_head_dim qk_rope_head_dim rms_norm_eps routed_scaling_factor scoring_func seq_aux "
-    "tie_word_embeddings topk_group topk_method use_cache use_igate v_head_dim vocab_size"
+    "attention_bias",
+    "attention_dropout",
+    "aux_loss_alpha",
+    "bos_token_id",
+    "eos_token_id",
+    "first_k_dense_replace",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "inner_iter",
+    "inner_residual",
+    "intermediate_size",
+    "kv_lora_rank",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "outer_residual",
+    "pad_token_id",
+    "pretraining_tp",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rms_norm_eps",
+    "routed_scaling_factor",
+    "scoring_func",
+    "seq_aux",
+    "tie_word_embeddings",
+    "topk_group",
+    "topk_method",
+    "use_cache",
+    "use_igate",
+    "v_head_dim",
+    "vocab_size",
 )
 # Fields with the only values that its code implements: some it does not have, in others it fails.
 _REQUIRED = {
@@ -52,7 +86,7 @@ def official_config(config: CoeConfig) -> dict[str, Any]:
     ]
     if wrong:
         raise ConversionError(f"The official code cannot express this model: {', '.join(wrong)}.")
-    values = {name: getattr(config, name) for name in _FIELDS.split()}
+    values = {name: getattr(config, name) for name in _FIELDS}
     rope = copy.deepcopy(config.rope_parameters)
     values["rope_theta"], rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
     values["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}

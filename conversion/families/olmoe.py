@@ -7,7 +7,7 @@ from ..family import Family
 FAMILY = Family(
     model_type="olmoe",
     backbone="olmoe",
-    same="head_dim clip_qkv norm_topk_prob",
+    same=("head_dim", "clip_qkv", "norm_topk_prob"),
     renamed={"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
     constants={"n_shared_experts": None, "seq_aux": False},
     # The width of an expert; there are no dense layers.

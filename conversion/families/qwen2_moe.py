@@ -8,8 +8,14 @@ FAMILY = Family(
     model_type="qwen2_moe",
     backbone="qwen2_moe",
     same=(
-        "head_dim qkv_bias layer_types moe_intermediate_size shared_expert_intermediate_size "
-        "norm_topk_prob decoder_sparse_step mlp_only_layers"
+        "head_dim",
+        "qkv_bias",
+        "layer_types",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
     ),
     renamed={"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
     constants={"n_shared_experts": 1, "seq_aux": False},

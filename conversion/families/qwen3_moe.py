@@ -7,7 +7,14 @@ from ..family import Family
 FAMILY = Family(
     model_type="qwen3_moe",
     backbone="qwen3_moe",
-    same="head_dim sliding_window moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers",
+    same=(
+        "head_dim",
+        "sliding_window",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ),
     renamed={"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
     constants={"n_shared_experts": None, "seq_aux": False},
     derived={"use_sliding_window": lambda config: config.sliding_window is not None},
