@@ -747,10 +747,10 @@ class TestWorker:
         assert found["ratio"]["min"] > 0 and len(found["seconds_per_step"]["reference"]) == SMOKE.timed_steps
 
     def test_the_runner_starts_it(self, tmp_path):
-        args = run.parse_arguments(["--scale=smoke", f"--results={tmp_path}", "--nice=0"])
+        settings = run.parse_settings(["--scale=smoke", f"--results={tmp_path}", "--nice=0"])
         made = Run(SMOKE, dense(PRENORM, 2), 1e-3, 1)
         with run.only_runner(tmp_path / "smoke") as lock:
-            assert run.Processes(args, lock).execute(made) is None
+            assert run.Processes(settings, lock).execute(made) is None
         assert list(results.load(results.path_of("smoke", tmp_path))) == [made.id]
 
 
