@@ -27,6 +27,7 @@ import recipe.openmp  # noqa: F401  before torch
 import torch
 from peft import PeftModel, get_peft_model
 from recipe.job import SavedModel, load_inputs, pack_inputs, run_job
+from recipe.processes import say
 from recipe.run_folder import short_hash
 from recipe.settings import BlockJobSettings
 from recipe.training import check_options, given_config, given_model, logit_difference, save_and_reload
@@ -77,7 +78,7 @@ def add_adapter(settings: LoraSettings, base: CoeForCausalLM) -> PeftModel:
     model = get_peft_model(base, adapters)
     adapter, total = model.get_nb_trainable_parameters()
     size = f"{adapter / (total - adapter):.1%} of the model's {total - adapter:,}"
-    print(f"{adapter:,} parameters in adapters, {size}")
+    say(f"{adapter:,} parameters in adapters, {size}")
     return model
 
 

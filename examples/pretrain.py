@@ -30,6 +30,7 @@ import recipe.openmp  # noqa: F401  before torch
 # isort: split
 from huggingface_hub.errors import StrictDataclassError
 from recipe.job import load_inputs, pack_inputs, run_job
+from recipe.processes import say
 from recipe.report import unigram_losses
 from recipe.settings import BlockJobSettings
 from recipe.training import check_options, given_model
@@ -162,7 +163,7 @@ def pretrain(settings: PretrainSettings) -> None:
     config = inputs.config or build_config(settings, inputs.tokenizer)
     data = pack_inputs(settings, inputs)
     model = build_model(settings, config)
-    print(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
+    say(f"{config.total_parameters:,} parameters, {config.active_parameters:,} of them active for a token")
     baselines = {"unigram": unigram_losses(data, len(inputs.tokenizer))}
     run_job(settings, inputs, data, model, title="Chain-of-Experts pre-training", baselines=baselines)
 

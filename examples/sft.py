@@ -28,6 +28,7 @@ import recipe.openmp  # noqa: F401  before torch
 from datasets import Dataset
 from recipe.corpus import Corpus, Example
 from recipe.job import load_inputs, run_job
+from recipe.processes import say
 from recipe.run_folder import short_hash
 from recipe.settings import JobSettings
 from recipe.training import TrainingData, check_options, given_model
@@ -112,7 +113,7 @@ def check_lengths(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, spl
                 "it."
             )
         if too_long and split != "train":
-            print(f"{too_long} of {len(prompts)} in {split!r} exceed --max-length.")
+            say(f"{too_long} of {len(prompts)} in {split!r} exceed --max-length.")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Example]) -> list[list[int]]:

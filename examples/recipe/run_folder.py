@@ -4,21 +4,12 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
 
 from modeling_coe.command_line import (
     InputError,
@@ -28,6 +19,8 @@ from modeling_coe.command_line import (
     option,
 )
 
+from .checkpoints import checkpoints_in, newest_complete_checkpoint
+from .processes import check_alike, once, say
 from .settings import REPORT_SETTINGS, JobSettings, RunSettings, computing
 
 
@@ -49,50 +42,6 @@ def check_run_options(settings: RunSettings) -> None:
     check_range(settings, "seed", 0, 2**32)  # as NumPy's generators want it
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written, and not yet deleted, in full.
-
-    `Trainer` writes the model or adapter first, then the optimizer, the scheduler, the random states and last, not
-    atomically, its own state: what can be read there vouches for what came before. Deletion takes the files in any
-    order, so all of them must be there.
-    """
-    weights = [CONFIG_NAME, SAFE_WEIGHTS_NAME]
-    try:
-        if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
-            weights = [ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME]
-        elif (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            weights = [CONFIG_NAME, *read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()]
-        needed = (*weights, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", TRAINER_STATE_NAME)
-        if not all((checkpoint / name).is_file() for name in needed):
-            return False
-        return read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] == checkpoint_step(checkpoint)
-    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON than `Trainer` writes
-        return False
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints of a run, complete or not, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=checkpoint_step)
-
-
-def newest_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint to go on from. What a killed run left half written is deleted, with a message."""
-    checkpoints = checkpoints_in(output_dir)
-    incomplete = [path for path in checkpoints if not is_complete(path)]
-    # `save_pretrained` collects its files in such folders.
-    leftovers = [*output_dir.glob("model/.*.partial"), *output_dir.glob("model/.*.replaced")]
-    for path in incomplete + leftovers:
-        print(f"Deleting {path.relative_to(output_dir)}, which was not written in full.")
-        shutil.rmtree(path)
-    complete = [path for path in checkpoints if path not in incomplete]
-    return complete[-1] if complete else None
 
 
 def check_output_dir(settings: JobSettings) -> None:
@@ -177,6 +126,7 @@ def check_fingerprint(settings: JobSettings, fingerprint: str) -> None:
 
 def open_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
     """Starts a run in its folder, or finds the checkpoint that a resumed one goes on from, if there is a complete one.
+    The main process decides and writes, for all.
 
     Args:
         settings (`JobSettings`): All options of the run.
@@ -184,17 +134,26 @@ def open_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerpr
         fingerprint (`str`): Of its data.
 
     Raises:
-        InputError: The data of a resumed run have changed.
+        InputError: The data of a resumed run have changed, or are not those of all processes.
     """
-    checkpoint = None
-    if is_resumable(settings):
-        check_fingerprint(settings, fingerprint)
-        checkpoint = newest_complete_checkpoint(settings.output_dir)
+    check_alike("The data", fingerprint)
+    if not is_resumable(settings):
+        once(lambda: start_run(settings, tokenizer, fingerprint))
+        checkpoint = None
     else:
-        start_run(settings, tokenizer, fingerprint)
+        check_fingerprint(settings, fingerprint)
+        checkpoint = once(lambda: find_checkpoint(settings.output_dir))
     if settings.resume:
-        print(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
+        say(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
     return checkpoint
+
+
+def find_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one, in a folder without what a killed `save_pretrained` has left."""
+    for path in (*output_dir.glob("model/.*.partial"), *output_dir.glob("model/.*.replaced")):
+        print(f"Deleting {path.relative_to(output_dir)}, which was not written in full.")
+        shutil.rmtree(path)
+    return newest_complete_checkpoint(output_dir)
 
 
 def read_json(path: Path) -> Any:

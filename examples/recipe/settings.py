@@ -42,7 +42,7 @@ class BlockSettings:
 class TrainingSettings:
     _argument_group_name: ClassVar[str] = "training"
     steps: int = setting(1200, "of the optimizer")
-    batch_size: int = setting(16, "sequences per step")
+    batch_size: int = setting(16, "sequences per step, of all processes together")
     lr: float = setting(3e-3, "highest learning rate")
     schedule: str = setting("cosine", "of the learning rate", choices=("cosine", "constant_with_warmup"))
     warmup_steps: int = setting(50, "until the highest learning rate")
@@ -51,6 +51,14 @@ class TrainingSettings:
     log_steps: int = setting(10, "steps between two lines of the log")
     eval_steps: int = setting(100, "steps between two evaluations")
     save_steps: int = setting(200, "a multiple of --log-steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """How a process computes its share of a batch, which a resumed run may change."""
+
+    _argument_group_name: ClassVar[str] = "processes"
+    micro_batch_size: int | None = setting(None, "sequences that a process computes at once; all of its if not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,7 @@ class ReportSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobSettings(RunSettings, DataSettings, TrainingSettings, ReportSettings):
+class JobSettings(RunSettings, DataSettings, TrainingSettings, ProcessSettings, ReportSettings):
     """What every training script is told."""
 
     model: str | None = None  # whose option every script explains itself
@@ -75,8 +83,8 @@ class BlockJobSettings(JobSettings, BlockSettings):
     """Likewise, where texts are packed into blocks."""
 
 
-# Where a run writes and how it starts, not what it computes.
-START_SETTINGS = {"output_dir", "resume", "overwrite"}
+# Where a run writes, how it starts and how the work is shared out, not what it computes.
+START_SETTINGS = {"output_dir", "resume", "overwrite", *(each.name for each in fields(ProcessSettings))}
 REPORT_SETTINGS = {each.name for each in fields(ReportSettings)}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,10 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
 
+from .checkpoints import check_engine, checkpoint_step, load_weights
 from .corpus import check_data_options
-from .run_folder import check_run_options, checkpoint_step
+from .processes import processes
+from .run_folder import check_run_options
 from .settings import JobSettings
 
 
@@ -45,6 +48,9 @@ def check_options(settings: JobSettings) -> None:
     check_positive(settings, "steps", "batch_size", "log_steps", "eval_steps", "save_steps")
     check_positive(settings, "num_problems", "max_new_tokens")
     check_not_negative(settings, "warmup_steps", "num_samples")
+    if settings.micro_batch_size is not None:
+        check_positive(settings, "micro_batch_size")
+    sequences_at_once(settings)
     check_range(settings, "lr", 0, exclusive=True)
     check_range(settings, "weight_decay", 0)
     check_range(settings, "beta2", 0, 1)
@@ -99,6 +105,28 @@ class Stopwatch(TrainerCallback):
         self.steps += 1
 
 
+def sequences_at_once(settings: JobSettings) -> tuple[int, int]:
+    """How many sequences of a step this process computes, and how many of them at once.
+
+    Raises:
+        InputError: The processes cannot share the batch, or a process its part, equally.
+    """
+    num_processes = processes().num_processes
+    share, rest = divmod(settings.batch_size, num_processes)
+    if rest:
+        raise InputError(
+            f"--batch-size is {settings.batch_size}, which {num_processes} processes cannot share equally. Choose a "
+            f"multiple of {num_processes}."
+        )
+    at_once = settings.micro_batch_size or share
+    if share % at_once:
+        raise InputError(
+            f"--micro-batch-size is {at_once}, no divisor of the {share} sequences that each of {num_processes} "
+            f"processes has of --batch-size {settings.batch_size}. Choose a divisor."
+        )
+    return share, at_once
+
+
 def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str, Any]:
     """The options as fields of [`TrainingArguments`].
 
@@ -107,11 +135,13 @@ def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str,
         evaluate_first (`bool`): Log the loss before training, which a resumed run finds in its checkpoint's log.
     """
     cuda = torch.cuda.is_available()
+    share, at_once = sequences_at_once(settings)
     return {
         "output_dir": str(settings.output_dir),
         "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
+        "per_device_train_batch_size": at_once,
+        "per_device_eval_batch_size": at_once,
+        "gradient_accumulation_steps": share // at_once,
         "learning_rate": settings.lr,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup_steps,
@@ -129,6 +159,7 @@ def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         "report_to": "none",
+        "ddp_find_unused_parameters": False,  # all are used, those of experts without tokens too
     }
 
 
@@ -168,7 +199,8 @@ class TrainingData(NamedTuple):
 
 
 class FinishedRun(NamedTuple):
-    """A finished training run: the model, the whole log, and the speed of the part this process did, if any."""
+    """A finished training run: the model, in the main process, the whole log, and the speed of the part that was done
+    now, if any."""
 
     model: PreTrainedModel | PeftModel
     log: list[dict[str, float]]
@@ -214,22 +246,32 @@ def train(
     if checkpoint is not None and checkpoint_step(checkpoint) == settings.steps:
         # `Trainer` would take one step more.
         log = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME).log_history
-        return FinishedRun(trained_model(model, checkpoint), log, None)
+        return FinishedRun(load_weights(model, checkpoint), log, None)
     stopwatch = Stopwatch()
     arguments = training_arguments(settings, evaluate_first=checkpoint is None)
     trainer = make_trainer(model, arguments, data, [stopwatch, CpuKernelsCallback()])
+    if checkpoint is not None:
+        check_engine(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
     if data.tokens_per_step is not None:
         tokens = data.tokens_per_step * stopwatch.steps
     else:
         tokens = [entry["eval_num_tokens"] for entry in log if "eval_num_tokens" in entry][-1]  # as TRL counts them
-    return FinishedRun(trainer.model, log, tokens / stopwatch.seconds)
+    return FinishedRun(whole_model(trainer), log, tokens / stopwatch.seconds)
 
 
-def trained_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:
-    """The model as a checkpoint has it; where it has an adapter alone, on the base model given."""
-    if isinstance(model, PreTrainedModel):
-        return AutoModelForCausalLM.from_pretrained(checkpoint)
-    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+def whole_model(trainer: Trainer) -> PreTrainedModel | PeftModel:
+    """The trained model as it is without an engine, in the main process; all processes have to ask for it."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    sharded = trainer.model
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    model = CoeForCausalLM(copy.deepcopy(sharded.config))
+    if not isinstance(sharded, PreTrainedModel):
+        from peft import get_peft_model  # which an adapter needs, and pre-training does not
+
+        model = get_peft_model(model, sharded.active_peft_config)
+    if processes().is_main_process:
+        model.load_state_dict(state_dict)
     return model
