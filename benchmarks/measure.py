@@ -609,7 +609,10 @@ def target_note(row: dict[str, Any], name: str) -> str:
 def ratio_cells(row: dict[str, Any]) -> list[str]:
     ratio, unit = row["ratio"], row["unit"]
     return [
-        *(row["task"], row["variant"], row["implementation"], quantity(row["ours_median"], unit)),
+        row["task"],
+        row["variant"],
+        row["implementation"],
+        quantity(row["ours_median"], unit),
         f"{quantity(row['native_median'], unit)} ({row['native_implementation']})",
         f"{ratio['median']:.3f}",
         f"{ratio['q1']:.3f} to {ratio['q3']:.3f}",
@@ -620,8 +623,13 @@ def ratio_cells(row: dict[str, Any]) -> list[str]:
 
 def distance_cells(row: dict[str, Any]) -> list[str]:
     return [
-        *(row["task"], row["variant"], row["implementation"], f"{row['tokens_per_second']:,.0f}"),
-        *(quantity(row["least_seconds"], "s"), f"{row['distance']:.2f}", target_note(row, "distance")),
+        row["task"],
+        row["variant"],
+        row["implementation"],
+        f"{row['tokens_per_second']:,.0f}",
+        quantity(row["least_seconds"], "s"),
+        f"{row['distance']:.2f}",
+        target_note(row, "distance"),
     ]
 
 

@@ -19,7 +19,13 @@ from transformers import HfArgumentParser
 Settings = TypeVar("Settings")
 # What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
 LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
     StrictDataclassError,
 )
 

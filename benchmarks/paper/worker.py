@@ -38,15 +38,15 @@ from modeling_coe.diagnostics import measure_routing
 ROOT = Path(__file__).resolve().parents[2]
 # Files of this project that a run comes from: all that are imported here.
 SOURCES = (
-    *(
-        "configuration_coe/*.py",
-        "modeling_coe/**/*.py",
-        "benchmarks/__init__.py",
-        "benchmarks/markdown.py",
-        "benchmarks/measure.py",
-    ),
+    "configuration_coe/*.py",
+    "modeling_coe/**/*.py",
+    "benchmarks/__init__.py",
+    "benchmarks/markdown.py",
+    "benchmarks/measure.py",
     *(f"benchmarks/paper/{name}.py" for name in ("__init__", "experiments", "results", "runs", "variants")),
-    *("examples/pretrain.py", "examples/recipe/*.py", "examples/tasks/question_answer.py"),
+    "examples/pretrain.py",
+    "examples/recipe/*.py",
+    "examples/tasks/question_answer.py",
     "benchmarks/paper/worker.py",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
