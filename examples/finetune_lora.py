@@ -41,7 +41,7 @@ from modeling_coe.command_line import check_positive, command, parse, setting
 class AdapterSettings:
     _argument_group_name: ClassVar[str] = "adapter"
     model: str = setting(help="folder or Hub name of a CoE model, with its tokenizer")
-    r: int = setting(8, "rank of the adapters")
+    r: int = setting(8, "rank of the adapters (torchrun keeps --r for itself)", aliases="--lora-r")
     expert_r: int | None = setting(None, "rank of the routed experts' adapters; --r if not given")
     alpha: int = setting(16, "lora_alpha: adapters are scaled by alpha / r")
     routers: bool = setting(False, "adapt the routers too")

@@ -135,6 +135,8 @@ def finetune(settings: SftSettings) -> None:
     def trainer(
         model: CoeForCausalLM, arguments: dict[str, Any], data: TrainingData, callbacks: list[TrainerCallback]
     ) -> SFTTrainer:
+        # One conversation at a time, so that held-out losses do not depend on which are in a batch.
+        arguments |= {"per_device_eval_batch_size": 1}
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(

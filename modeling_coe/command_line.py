@@ -74,14 +74,15 @@ def parse(
 
 
 def command(run: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[str] | None], Any]:
-    """Makes a command of a function of its arguments: bad input ends in one line and the exit code 1."""
+    """Makes a command of a function of its arguments: bad input ends in one line, of one process of a node, and the
+    exit code 1."""
 
     @wraps(run)
     def main(argv: Sequence[str] | None = None) -> Any:
         try:
             return run(argv)
         except InputError as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
     return main
 

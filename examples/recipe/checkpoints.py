@@ -149,11 +149,14 @@ def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTra
         with tempfile.TemporaryDirectory() as folder:
             merge_fsdp_weights(str(checkpoint / f"{FSDP_MODEL_NAME}_0"), folder)
             if processes().is_main_process:
-                unknown = model.load_state_dict(
-                    safetensors.torch.load_file(Path(folder) / SAFE_WEIGHTS_NAME), strict=False
-                ).unexpected_keys
-                if unknown:
-                    raise RuntimeError(f"{checkpoint} has weights that the model has not: {', '.join(unknown[:4])}.")
+                weights = safetensors.torch.load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+                if isinstance(model, PreTrainedModel):
+                    model.load_state_dict(weights)
+                else:
+                    from peft import set_peft_model_state_dict  # which an adapter needs, and pre-training does not
+
+                    if unknown := set_peft_model_state_dict(model, weights).unexpected_keys:
+                        raise RuntimeError(f"{checkpoint} has weights the model has not: {', '.join(unknown[:4])}.")
         return model
     if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
         model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
