@@ -16,7 +16,7 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
-from recipe import answers, arithmetic, corpus, report, run_folder
+from recipe import answers, arithmetic, checkpoints, corpus, report, run_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .helpers import ROOT
@@ -186,52 +186,6 @@ def test_exact_match():
     assert answers.exact_match([corpus.Example("", "no mark")], ["no mark"]) is None
 
 
-def write_checkpoint(output_dir: Path, step: int, state: str = '{"global_step": %d}', without: str = "") -> Path:
-    """An imitated checkpoint: `is_complete` looks at names and at the trainer's state."""
-    folder = output_dir / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    names = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    for name in names - {without}:
-        (folder / name).touch()
-    if without != "trainer_state.json":
-        (folder / "trainer_state.json").write_text(state.replace("%d", str(step)))
-    return folder
-
-
-class TestCheckpoints:
-    def test_newest_complete_is_chosen_and_halves_are_deleted(self, tmp_path, capsys):
-        write_checkpoint(tmp_path, 2)
-        newest = write_checkpoint(tmp_path, 10)  # after 9 in numbers, before it in letters
-        write_checkpoint(tmp_path, 9)
-        halves = [
-            write_checkpoint(tmp_path, 11, state='{"global_step": 1'),
-            write_checkpoint(tmp_path, 12, without="trainer_state.json"),
-            write_checkpoint(tmp_path, 13, without="optimizer.pt"),
-            write_checkpoint(tmp_path, 14, without="config.json"),
-            tmp_path / "model" / ".abc.partial",
-        ]
-        halves[-1].mkdir(parents=True)
-        assert run_folder.newest_complete_checkpoint(tmp_path) == newest
-        printed = capsys.readouterr().out
-        for half in halves:
-            assert not half.exists() and half.name in printed
-        assert [path.name for path in run_folder.checkpoints_in(tmp_path)] == [f"checkpoint-{n}" for n in (2, 9, 10)]
-
-    def test_sharded_checkpoints(self, tmp_path):
-        index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-        for step, shards in ((2, index["weight_map"].values()), (4, ["model-00001-of-00002.safetensors"])):
-            folder = write_checkpoint(tmp_path, step, without="model.safetensors")
-            run_folder.write_json(folder / "model.safetensors.index.json", index)
-            for shard in shards:
-                (folder / shard).touch()
-        assert run_folder.newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-        assert not (tmp_path / "checkpoint-4").exists()
-
-    def test_none_is_complete(self, tmp_path):
-        write_checkpoint(tmp_path, 2, state="")
-        assert run_folder.newest_complete_checkpoint(tmp_path) is None
-
-
 class TestErrors:
     def fails(self, *argv: str | Path) -> str:
         with pytest.raises(SystemExit) as exit_info:
@@ -295,7 +249,7 @@ class TestRun:
         assert results["tokens_per_second"] > 0
         assert results["exact_match"]["held_out"] is not None
         assert (output_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-        assert [path.name for path in run_folder.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
+        assert [path.name for path in checkpoints.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
         model = AutoModelForCausalLM.from_pretrained(output_dir / "model")
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
         assert model.config.vocab_size == len(tokenizer)

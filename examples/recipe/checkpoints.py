@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,13 +66,12 @@ def is_complete(checkpoint: Path) -> bool:
 
     `Trainer` writes the weights first, then the optimizer, the scheduler, the random states and last, not atomically,
     its own state: what can be read there vouches for what the main process wrote before. Deletion takes the files in
-    any order, so all of them must be there; other processes write random states in their own time.
+    any order, so all of them must be there. Of random states those of the main process: `Trainer` does without others.
     """
     try:
         if not all((checkpoint / name).is_file() for name in (*_needed(checkpoint), TRAINER_STATE_NAME)):
             return False
-        random_states = [*checkpoint.glob("rng_state.pth"), *checkpoint.glob("rng_state_*.pth")]
-        if not random_states or not all(map(zipfile.is_zipfile, random_states)):  # which torch writes
+        if not any((checkpoint / name).is_file() for name in ("rng_state.pth", "rng_state_0.pth")):
             return False
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return state["global_step"] == checkpoint_step(checkpoint)

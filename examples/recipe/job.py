@@ -12,7 +12,7 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 
 from .answers import solve
 from .corpus import Blocks, Corpus, Example, choose_tokenizer, encode_prompts, fingerprint_of, load_corpus, pack_corpus
-from .processes import processes
+from .processes import leave_others, processes
 from .report import report
 from .run_folder import check_output_dir, open_run
 from .settings import BlockJobSettings, JobSettings
@@ -97,8 +97,9 @@ def run_job(
     """
     checkpoint = open_run(settings, inputs.tokenizer, data.fingerprint)
     run = train(settings, model, data, trainer, checkpoint)
+    leave_others()
     if not processes().is_main_process:
-        return  # what is left takes no other process
+        return
     saved = save(settings, run.model, inputs.tokenizer)
 
     def solver(problems: list[Example]) -> list[str]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """The processes of a run: one, or as many as `torchrun` or `accelerate launch` started."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,6 +35,16 @@ def once(act: Callable[[], Result]) -> Result:
     found = [act() if state.is_main_process else None]
     broadcast_object_list(found)
     return found[0]
+
+
+def leave_others() -> None:
+    """Ends what the processes have in common, when all have come here; the main process then goes on alone. A
+    `DistributedDataParallel` that outlives the group may hang at the end of its process."""
+    state = processes()
+    if state.num_processes > 1:
+        gc.collect()
+        state.wait_for_everyone()
+        state.destroy_process_group()
 
 
 def check_alike(what: str, value: str) -> None:
