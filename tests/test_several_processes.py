@@ -118,8 +118,8 @@ def test_two_processes_compute_what_one_does(script, engine, base, single, tmp_p
         assert files[0] == files[1]
     saved, expected = (load_file(run / "model" / "model.safetensors") for run in (tmp_path, single[script]))
     assert saved.keys() == expected.keys()
-    for name in saved:
-        torch.testing.assert_close(saved[name], expected[name], atol=2e-3, rtol=0, msg=name)
+    for name in saved:  # a step of Adam is as long as the learning rate, also where the sign of a gradient is rounding
+        torch.testing.assert_close(saved[name], expected[name], atol=2e-2, rtol=0, msg=name)
     checkpoint = tmp_path / "checkpoint-8"
     if engine == "DDP" and script != "finetune_lora":
         trained = load_file(checkpoint / "model.safetensors")
