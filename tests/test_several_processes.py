@@ -73,8 +73,8 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def assert_same_losses(folder: Path, expected: Path, tolerance: float = 1e-5) -> None:
-    """All that was logged of losses, in training and held out. Balancing losses, where they are logged apart, are means
-    over the conversations of a process, which are not as many as another's."""
+    """All that was logged of losses, in training and held out. Balancing losses that are logged apart are means over
+    the conversations of a process, which are not as many as another's."""
     for entry, other in zip(log_of(folder), log_of(expected), strict=True):
         names = [name for name in other if name.endswith("loss") and name != "train_loss"]  # of a resumed part alone
         assert entry["step"] == other["step"] and entry.keys() >= set(names)

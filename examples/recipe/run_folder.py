@@ -19,9 +19,9 @@ from modeling_coe.command_line import (
     option,
 )
 
-from .checkpoints import checkpoints_in, newest_complete_checkpoint
 from .processes import check_alike, once, say
 from .settings import REPORT_SETTINGS, JobSettings, RunSettings, computing
+from .trainer_checkpoints import checkpoints_in, newest_complete_checkpoint
 
 
 # What runs write beside checkpoints and `run.json`.

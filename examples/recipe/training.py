@@ -28,11 +28,11 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
 
-from .checkpoints import check_engine, checkpoint_step, load_weights
 from .corpus import check_data_options
 from .processes import processes
 from .run_folder import check_run_options
 from .settings import JobSettings
+from .trainer_checkpoints import check_engine, checkpoint_step, load_weights
 
 
 if TYPE_CHECKING:

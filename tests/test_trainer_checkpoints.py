@@ -1,4 +1,4 @@
-"""`recipe.checkpoints`: which checkpoints are whole, of every engine, and what happens with the others."""
+"""`recipe.trainer_checkpoints`: which checkpoints are whole, of every engine, and what happens with the others."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from recipe.checkpoints import checkpoints_in, engine_of, newest_complete_checkpoint
 from recipe.run_folder import find_checkpoint
+from recipe.trainer_checkpoints import checkpoints_in, engine_of, newest_complete_checkpoint
 
 
 MODEL = ("config.json", "model.safetensors")
