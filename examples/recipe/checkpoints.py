@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_map
 
 from modeling_coe.command_line import InputError
 
@@ -68,6 +70,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
     }
 
 
+class CopyingStager(BlockingAsyncStager):
+    """Copies to the CPU, before training goes on, what is then written. torch's own stagers fail for DTensors that are
+    on the CPU already."""
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return tree_map(lambda each: each.detach().to("cpu", copy=True) if torch.is_tensor(each) else each, state_dict)
+
+
 class Checkpoints:
     """The checkpoints of a run. All processes make the same calls.
 
@@ -102,7 +112,8 @@ class Checkpoints:
         self.processes.wait()
         # Strided shards (FSDP with TP, or of experts) have no place in DCP's files.
         state = _redistribute_state_dict(_state(model, optimizer))
-        future = dcp.async_save(state, checkpoint_id=partial / STATE, process_group=self.processes.saving)
+        options = {"async_stager": CopyingStager(), "process_group": self.processes.saving}
+        future = dcp.async_save(state, checkpoint_id=partial / STATE, **options)
         self.pending = folder, future
 
     def poll(self) -> None:
