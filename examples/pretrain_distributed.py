@@ -78,6 +78,7 @@ from recipe.stream import (
 from recipe.training import WHOLE_MODEL
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.command_line import (
@@ -409,7 +410,8 @@ class Loop:
             This process's part of the `loss` and `aux_loss` of the batch, the gradients' `grad_norm`, and `lr`.
         """
         # Dropout depends on the seed, the step and the rows, and is no part of a checkpoint.
-        torch.manual_seed(hash((self.settings.seed, step, self.processes.rank // self.layout.tp_size)) % 2**32)
+        seed = (self.settings.seed * self.settings.steps + step) * self.layout.dp_size
+        torch.manual_seed(seed + self.processes.rank // self.layout.tp_size)
         batch = self.inputs.stream.next_batch().to(self.processes.device)
         lr = learning_rate(self.settings, step)
         for group in self.optimizer.param_groups:
@@ -499,7 +501,10 @@ class Requests:
         self.processes, self.is_stopped = processes, False
         self.interval = float("inf") if save_minutes is None else 60 * save_minutes
         self.next_save = time.monotonic() + self.interval
-        signal.signal(signal.SIGTERM, self._stop)
+        self.previous_handler = signal.signal(signal.SIGTERM, self._stop)
+
+    def close(self) -> None:
+        signal.signal(signal.SIGTERM, self.previous_handler)
 
     def _stop(self, *_: Any) -> None:
         self.is_stopped = True
@@ -543,6 +548,7 @@ def train(loop: Loop, checkpoints: Checkpoints, log: Log, step: int) -> bool:
         if is_stopped and not is_last:
             break
     checkpoints.wait()
+    requests.close()
     return step == settings.steps
 
 
@@ -559,8 +565,8 @@ def describe(loop: Loop) -> str:
     sent = exchanged_bytes(config, layout, loop.tokens_per_step, 4 if settings.dtype == "float32" else 2)
     if sent:
         lines.append(
-            f"expert parallelism sends {sent:,} bytes per process and step: {config.inner_iter} exchanges a layer, there "
-            "and back, in both passes"
+            f"expert parallelism sends {sent:,} bytes per process and step: {config.inner_iter} exchanges a layer, "
+            "there and back, in both passes"
         )
     return "\n".join(lines)
 
@@ -596,15 +602,19 @@ def pretrain(argv: Sequence[str] | None, processes: Processes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     processes = start_processes()
+    if not processes.is_first:
+        logging.disable_progress_bar()
+    exit_code = 0
     try:
         pretrain(argv, processes)
-    except InputError as error:  # of all processes
+    except InputError as error:  # in all processes
+        exit_code = 1
         if processes.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        processes.wait()
-        sys.exit(1)
-    processes.wait()
+    processes.wait()  # torchrun stops the others when one fails, so none before the first has said why
     dist.destroy_process_group()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def check_release() -> None:
     """Raises [`InputError`] where transformers has no such layouts."""
     if "dp_replicate_size" not in {each.name for each in fields(DistributedConfig)}:
         raise InputError(
-            f"transformers {transformers.__version__} cannot shard parameters and experts at once as this script does. "
+            f"transformers {transformers.__version__} cannot share parameters and experts as this script does. "
             "Install 5.23 or newer."
         )
 
