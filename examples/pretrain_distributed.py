@@ -240,6 +240,11 @@ def open_inputs(settings: DistributedSettings, processes: Processes) -> Inputs:
         layout = choose_layout(settings, settings.batch_size, processes.count)
         config = read_config(settings)
         check_layout(layout, config)
+        if settings.block_size > config.max_position_embeddings:
+            raise InputError(
+                f"--block-size is {settings.block_size}, but the model has `max_position_embeddings` "
+                f"{config.max_position_embeddings}. Choose smaller blocks, or raise it."
+            )
     is_resumed = False
     with processes.together():
         if processes.is_first:  # which alone decides on and writes what all read
@@ -412,7 +417,9 @@ class Loop:
         # Dropout depends on the seed, the step and the rows, and is no part of a checkpoint.
         seed = (self.settings.seed * self.settings.steps + step) * self.layout.dp_size
         torch.manual_seed(seed + self.processes.rank // self.layout.tp_size)
-        batch = self.inputs.stream.next_batch().to(self.processes.device)
+        with self.processes.together():
+            batch = self.inputs.stream.next_batch()
+        batch = batch.to(self.processes.device)
         lr = learning_rate(self.settings, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
