@@ -26,8 +26,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from math import cos, pi
@@ -295,7 +296,7 @@ def load_model(settings: DistributedSettings, processes: Processes, inputs: Inpu
             CoeForCausalLM(inputs.config).save_pretrained(source, save_original_format=False)
         processes.wait()
     what = f"--config {settings.config}" if settings.model is None else f"--model {settings.model}"
-    with loading(what, "Choose another layout, or another model."):
+    with loading(what, "Choose another layout, or another model."), quiet() if empty else nullcontext():
         model = CoeForCausalLM.from_pretrained(source, **options)
     processes.wait()
     if processes.is_first and not empty and settings.model is None:
@@ -305,6 +306,19 @@ def load_model(settings: DistributedSettings, processes: Processes, inputs: Inpu
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the report of all weights that the checkpoint will bring."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 # ---- Log ------------------------------------------------------------------------------------------------------------
@@ -609,8 +623,9 @@ def pretrain(argv: Sequence[str] | None, processes: Processes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     processes = start_processes()
-    if not processes.is_first:
+    if not processes.is_first:  # which says it for all
         logging.disable_progress_bar()
+        logging.set_verbosity_error()
     exit_code = 0
     try:
         pretrain(argv, processes)
