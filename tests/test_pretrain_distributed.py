@@ -296,13 +296,17 @@ def test_bad_input_ends_in_one_line(more, words, shape, tmp_path, capsys):
 
 
 @requires_native
-def test_bad_input_of_many_processes(tmp_path):
-    """The first one says it, and all end alike."""
-    tiny_config(vocab_size=260, n_routed_experts=7).save_pretrained(tmp_path / "shape")
-    exit_codes, run = workers(2, *arguments(tmp_path / "shape", tmp_path / "out", "--ep-size", "2"))
+def test_bad_input_of_one_of_many_processes(shape, one, tmp_path):
+    """All end alike, in the middle of training too, and the first one says why."""
+    good = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(20)]
+    for name, rows in (("good", good), ("bad", [*good[:3], {"question": "And now?", "answer": ""}, *good[3:]])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    data = ("--data", str(tmp_path / "bad.jsonl"), "--eval-data", str(tmp_path / "good.jsonl"))
+    tokenizer = ("--tokenizer", str(one / "tokenizer"))
+    exit_codes, run = workers(2, *arguments(shape, tmp_path / "out", *data, *tokenizer))
     assert exit_codes == [1, 1]
-    assert run.stderr.count("error: ") == 1 and "--ep-size is 2" in run.stderr, run.stderr
-    assert not (tmp_path / "out").exists()
+    assert run.stderr.count("error: ") == 1 and "bad.jsonl has no text as 'answer'" in run.stderr, run.stderr
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------
@@ -392,6 +396,7 @@ def test_flops_of_a_step(overrides):
     assert distributed.training_flops_per_token(config, length) == pytest.approx(expected, rel=0.02)  # norms
 
 
+@requires_native
 def test_bytes_that_experts_exchange():
     layout = DistributedConfig(fsdp_size=4, ep_size=4)
     config = tiny_config(inner_iter=3, num_hidden_layers=2, num_experts_per_tok=2)
