@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from recipe import distributed, stream
 from recipe.arithmetic import Problems
-from recipe.checkpoints import complete_checkpoints
+from recipe.checkpoints import CopyingStager, complete_checkpoints
 from recipe.corpus import Example
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.flop_counter import FlopCounterMode
@@ -405,6 +405,14 @@ def test_bytes_that_experts_exchange():
         for _ in ("there", "back", "gradient there", "gradient back"):
             sent += 100 * 2 * config.hidden_size * 4 * 3 // 4  # tokens of a process, experts, elements, to others
     assert distributed.exchanged_bytes(config, layout, 400, 4) == sent
+
+
+def test_checkpoints_are_of_one_moment():
+    """What is written while training goes on does not change."""
+    state = {"model": {"weight": torch.ones(3)}, "optimizer": {"lr": 0.1}}
+    staged = CopyingStager().stage(state)
+    state["model"]["weight"].zero_()
+    assert staged["model"]["weight"].tolist() == [1, 1, 1] and staged["optimizer"] == {"lr": 0.1}
 
 
 def test_learning_rate():
