@@ -21,7 +21,7 @@ from recipe.checkpoints import CopyingStager, complete_checkpoints
 from recipe.corpus import Example
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from modeling_coe.command_line import InputError
@@ -82,6 +82,18 @@ def assert_same_log(folder: Path, expected: list[dict[str, float]]) -> None:
             assert entry[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (other["step"], name)
 
 
+def assert_saved_as_trained(folder: Path) -> PreTrainedModel:
+    """The saved model has the tensors of the last checkpoint."""
+    dcp_to_torch_save(folder / "checkpoint-6" / "state", folder / "state.pt")
+    trained = torch.load(folder / "state.pt")["model"]
+    (folder / "state.pt").unlink()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert trained.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
+    return model
+
+
 def copy_until(source: Path, step: int, target: Path) -> Path:
     """A run as if it had been killed after the checkpoint of a step."""
     shutil.copytree(source, target)
@@ -139,15 +151,10 @@ def test_files_of_a_run(two):
 
 
 @requires_native
-def test_saved_model_is_the_trained_one(one, two, tmp_path):
+def test_saved_model_is_the_trained_one(one, two):
     """By the last checkpoint, and by the loss of the last evaluation."""
-    dcp_to_torch_save(two / "checkpoint-6" / "state", tmp_path / "state.pt")
-    trained = torch.load(tmp_path / "state.pt")["model"]
-    model = AutoModelForCausalLM.from_pretrained(two / "model")
+    model = assert_saved_as_trained(two)
     saved = model.state_dict()
-    assert trained.keys() == saved.keys()
-    for name in saved:
-        assert torch.equal(saved[name], trained[name]), name
     biases = [saved[name] for name in saved if name.endswith("e_score_correction_bias")]
     assert len(biases) == 4 and all(bias.count_nonzero() for bias in biases)
 
@@ -185,13 +192,14 @@ def test_goes_on_in_one_process(shape, one, two, tmp_path):
 
 @requires_native
 def test_goes_on_in_four_processes(shape, one, two, tmp_path):
-    """Which share in all ways at once: pairs share layers, and all of them the experts."""
+    """Pairs share every layer, and in it every expert, of which DTensor's shards are no rectangles."""
     folder = copy_until(two, 4, tmp_path / "run")
-    layout = ("--tp-size", "2", "--ep-size", "4", "--dtype", "float32")
+    layout = ("--tp-size", "2")
     exit_codes, run = workers(4, *arguments(shape, folder, *layout, "--resume"))
     assert exit_codes == [0] * 4, run.stderr
-    assert "fsdp 2, ep 4, tp 2, replicate 1" in run.stdout
+    assert "fsdp 2, ep 1, tp 2, replicate 1" in run.stdout
     assert_same_log(folder, read_log(one))
+    assert_saved_as_trained(folder)
 
 
 @requires_native
