@@ -110,7 +110,7 @@ class Checkpoints:
             partial.mkdir()
             write_json(partial / PROGRESS, progress)
         self.processes.wait()
-        # Strided shards (FSDP with TP, or of experts) have no place in DCP's files.
+        # Strided shards, such as TP's of experts, whose two projections are one tensor, have no place in DCP's files.
         state = _redistribute_state_dict(_state(model, optimizer))
         options = {"async_stager": CopyingStager(), "process_group": self.processes.saving}
         future = dcp.async_save(state, checkpoint_id=partial / STATE, **options)
