@@ -133,9 +133,7 @@ class Checkpoints:
         future.result()
         self.pending = None
         if self.processes.is_first:
-            if (
-                folder.exists()
-            ):  # of the steps that a resumed run does again: complete ones would have been gone on from
+            if folder.exists():  # and is none of ours, or the run would have gone on from it
                 folder.rename(_free_name(folder.with_suffix(".replaced")))
             folder.with_suffix(".partial").rename(folder)
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
