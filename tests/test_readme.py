@@ -42,6 +42,9 @@ def test_commands_are_understood(page, words):
         assert re.search(rf"^[\w\- ]*\b{words[1]}\b[\w\- ]*:", makefile, re.MULTILINE)
     elif words[0] == "python" and words[1].startswith("examples/"):
         importlib.import_module(Path(words[1]).stem).parse_settings(words[2:])
+    elif words[0] == "torchrun":
+        script = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+        importlib.import_module(Path(words[script]).stem).parse_settings(words[script + 1 :])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
     elif words[0] == "coe-convert":

@@ -20,6 +20,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig, PreTrainedModel, modeling_utils
 from transformers import initialization as init
@@ -439,6 +441,26 @@ class TestSaving:
             "sharded models and experts cannot be told: their weights would be shared after they are gone"
         )
         assert type(model)._model_class() is CoeForCausalLM, "a sharded model is saved without its code"
+
+    def test_strided_shards(self):
+        checkpoint = pytest.importorskip(
+            "transformers.distributed.checkpoint", reason="5.20 has distributed checkpoints"
+        )
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1))
+            placements = (_StridedShard(0, split_factor=2), Shard(0))
+            own = {"optimizer": {"weight": DTensor.from_local(torch.ones(4), mesh, placements)}, "step": 1}
+            state = checkpoint._redistribute_state_dict(own)
+            assert state["optimizer"]["weight"].placements == (Shard(0), Shard(0)) and state["step"] == 1, (
+                "distributed pre-training saves experts in a wrong order"
+            )
+            back = checkpoint._redistribute_state_dict(state, reference_state_dict=own)
+            assert back["optimizer"]["weight"].placements == placements, (
+                "distributed pre-training goes on with experts in a wrong order"
+            )
+        finally:
+            dist.destroy_process_group()
 
 
 class TestTraining:
