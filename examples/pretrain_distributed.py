@@ -41,7 +41,6 @@ import recipe.openmp  # noqa: F401  before torch
 # isort: split
 import torch
 import torch.distributed as dist
-from recipe.checkpoints import Checkpoints, load, read_progress
 from recipe.corpus import load_tokenizer, train_tokenizer
 from recipe.distributed import (
     LayoutSettings,
@@ -67,6 +66,7 @@ from recipe.run_folder import (
     start_run,
 )
 from recipe.settings import BlockSettings, RunSettings, TrainingSettings
+from recipe.sharded_checkpoints import Checkpoints, load, read_progress
 from recipe.stream import (
     BlockStream,
     StreamedDataSettings,

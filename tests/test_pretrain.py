@@ -17,7 +17,6 @@ import pretrain
 import pytest
 import torch
 from recipe import answers, arithmetic, corpus, report, run_folder
-from recipe.trainer_checkpoints import checkpoints_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .helpers import ROOT
@@ -250,7 +249,7 @@ class TestRun:
         assert results["tokens_per_second"] > 0
         assert results["exact_match"]["held_out"] is not None
         assert (output_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-        assert [path.name for path in checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
+        assert [path.name for path in run_folder.checkpoints_in(output_dir)] == ["checkpoint-28", "checkpoint-32"]
         model = AutoModelForCausalLM.from_pretrained(output_dir / "model")
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
         assert model.config.vocab_size == len(tokenizer)

@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from recipe import distributed, stream
 from recipe.arithmetic import Problems
-from recipe.checkpoints import CopyingStager, complete_checkpoints
 from recipe.corpus import Example
+from recipe.sharded_checkpoints import CopyingStager, complete_checkpoints
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

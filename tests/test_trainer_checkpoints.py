@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from recipe.run_folder import find_checkpoint
-from recipe.trainer_checkpoints import checkpoints_in, engine_of, newest_complete_checkpoint
+from recipe.job import find_checkpoint
+from recipe.run_folder import checkpoints_in
+from recipe.trainer_checkpoints import engine_of, newest_complete_checkpoint
 
 
 MODEL = ("config.json", "model.safetensors")

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -12,10 +14,11 @@ from modeling_coe import CoeConfig, CoeForCausalLM
 
 from .answers import solve
 from .corpus import Blocks, Corpus, Example, choose_tokenizer, encode_prompts, fingerprint_of, load_corpus, pack_corpus
-from .processes import leave_others, processes
+from .processes import check_alike, leave_others, once, processes, say
 from .report import report
-from .run_folder import check_output_dir, open_run
+from .run_folder import check_fingerprint, check_output_dir, is_resumable, start_run
 from .settings import BlockJobSettings, JobSettings
+from .trainer_checkpoints import newest_complete_checkpoint
 from .training import TrainingData, block_trainer, given_config, save_and_reload, train
 
 
@@ -67,6 +70,38 @@ def save(settings: JobSettings, model: CoeForCausalLM, tokenizer: PreTrainedToke
     model, tokenizer = save_and_reload(model, tokenizer, settings.output_dir / "model")
     parameters = {"total": model.config.total_parameters, "active": model.config.active_parameters}
     return SavedModel(model, tokenizer, {"parameters": parameters})
+
+
+def open_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
+    """Starts a run in its folder, or finds the checkpoint that a resumed one goes on from, if there is a complete one.
+    The main process decides and writes, for all.
+
+    Args:
+        settings (`JobSettings`): All options of the run.
+        tokenizer (`PreTrainedTokenizerBase`): The run's.
+        fingerprint (`str`): Of its data.
+
+    Raises:
+        InputError: The data of a resumed run have changed, or are not those of all processes.
+    """
+    check_alike("The data", fingerprint)
+    if not is_resumable(settings):
+        once(lambda: start_run(settings, tokenizer, fingerprint))
+        checkpoint = None
+    else:
+        check_fingerprint(settings, fingerprint)
+        checkpoint = once(lambda: find_checkpoint(settings.output_dir))
+    if settings.resume:
+        say(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
+    return checkpoint
+
+
+def find_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one, in a folder without what a killed `save_pretrained` has left."""
+    for path in (*output_dir.glob("model/.*.partial"), *output_dir.glob("model/.*.replaced")):
+        print(f"Deleting {path.relative_to(output_dir)}, which was not written in full.")
+        shutil.rmtree(path)
+    return newest_complete_checkpoint(output_dir)
 
 
 def run_job(

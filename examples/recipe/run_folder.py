@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +20,7 @@ from modeling_coe.command_line import (
     option,
 )
 
-from .processes import check_alike, once, say
 from .settings import REPORT_SETTINGS, JobSettings, RunSettings, computing
-from .trainer_checkpoints import checkpoints_in, newest_complete_checkpoint
 
 
 # What runs write beside checkpoints and `run.json`.
@@ -42,6 +41,16 @@ def check_run_options(settings: RunSettings) -> None:
     check_range(settings, "seed", 0, 2**32)  # as NumPy's generators want it
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, complete or not, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=checkpoint_step)
 
 
 def check_output_dir(settings: JobSettings) -> None:
@@ -122,38 +131,6 @@ def check_fingerprint(settings: JobSettings, fingerprint: str) -> None:
             f"--data {settings.data}, --eval-data {settings.eval_data} or --model {settings.model} has changed. "
             "Restore it, or start another run."
         )
-
-
-def open_run(settings: JobSettings, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> Path | None:
-    """Starts a run in its folder, or finds the checkpoint that a resumed one goes on from, if there is a complete one.
-    The main process decides and writes, for all.
-
-    Args:
-        settings (`JobSettings`): All options of the run.
-        tokenizer (`PreTrainedTokenizerBase`): The run's.
-        fingerprint (`str`): Of its data.
-
-    Raises:
-        InputError: The data of a resumed run have changed, or are not those of all processes.
-    """
-    check_alike("The data", fingerprint)
-    if not is_resumable(settings):
-        once(lambda: start_run(settings, tokenizer, fingerprint))
-        checkpoint = None
-    else:
-        check_fingerprint(settings, fingerprint)
-        checkpoint = once(lambda: find_checkpoint(settings.output_dir))
-    if settings.resume:
-        say(f"Resuming at {checkpoint.name}." if checkpoint else "No complete checkpoint: starting at step 0.")
-    return checkpoint
-
-
-def find_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one, in a folder without what a killed `save_pretrained` has left."""
-    for path in (*output_dir.glob("model/.*.partial"), *output_dir.glob("model/.*.replaced")):
-        print(f"Deleting {path.relative_to(output_dir)}, which was not written in full.")
-        shutil.rmtree(path)
-    return newest_complete_checkpoint(output_dir)
 
 
 def read_json(path: Path) -> Any:

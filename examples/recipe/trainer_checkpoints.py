@@ -11,8 +11,6 @@ and in all of them scheduler.pt, the random states of every process and, last, t
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,22 +33,13 @@ from transformers.utils import (
 from modeling_coe.command_line import InputError
 
 from .processes import processes
+from .run_folder import checkpoint_step, checkpoints_in, read_json
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 DEEPSPEED_TAG = "latest"
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints of a run, complete or not, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=checkpoint_step)
 
 
 def engine_of(checkpoint: Path) -> str:
@@ -73,7 +62,7 @@ def is_complete(checkpoint: Path) -> bool:
             return False
         if not any((checkpoint / name).is_file() for name in ("rng_state.pth", "rng_state_0.pth")):
             return False
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / TRAINER_STATE_NAME)
         return state["global_step"] == checkpoint_step(checkpoint)
     except (OSError, ValueError, KeyError, TypeError):  # not there, no JSON, or other JSON than `Trainer` writes
         return False
@@ -95,7 +84,7 @@ def _needed(checkpoint: Path) -> list[str]:
     if (checkpoint / ADAPTER_CONFIG_NAME).is_file():
         weights = [ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME]
     elif (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = json.loads((checkpoint / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        index = read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME)
         weights = [CONFIG_NAME, *index["weight_map"].values()]
     else:
         weights = [CONFIG_NAME, SAFE_WEIGHTS_NAME]

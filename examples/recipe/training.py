@@ -30,9 +30,9 @@ from modeling_coe.command_line import InputError, check_not_negative, check_posi
 
 from .corpus import check_data_options
 from .processes import processes
-from .run_folder import check_run_options
+from .run_folder import check_run_options, checkpoint_step
 from .settings import JobSettings
-from .trainer_checkpoints import check_engine, checkpoint_step, load_weights
+from .trainer_checkpoints import check_engine, load_weights
 
 
 if TYPE_CHECKING:
