@@ -10,10 +10,10 @@ of `--iterations` calls that share their weights; an expert is 11/8 as wide as t
 are the rates of the kernels that the default chooses from, see `python -m modeling_coe.cpu_kernels`.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -21,6 +21,7 @@ import transformers
 
 from benchmarks.measure import SLOW, Clock, TimedCall, alternate, spread
 from modeling_coe import CoeConfig, cpu_kernels
+from modeling_coe.command_line import command, parse, setting
 from modeling_coe.experts import sharing_weights
 from modeling_coe.modeling_coe import CoeExperts
 
@@ -30,32 +31,45 @@ OTHERS = ("torch_grouped_mm", "eager", "batched_mm")
 MOST_COPIED_BYTES = 2**29
 
 
-def layer(hidden_size: int, args: argparse.Namespace) -> CoeExperts:
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    hidden_sizes: list[int] = setting([64, 256, 512], "of the layers")
+    rows: list[int] = setting([1, 8, 65, 260], "per expert")
+    experts: int = setting(63, "routed experts")
+    top_k: int = setting(4, "experts per token")
+    iterations: int = setting(1, "calls that share their weights")
+    dtype: str = setting("float32", "of weights", choices=("float32", "bfloat16"))
+    threads: int = setting(1, "of torch")
+    pairs: int = setting(9, "of runs, the default's and another's, for one ratio")
+    seconds: float = setting(0.02, "of one sample; shorter calls are repeated")
+
+
+def layer(hidden_size: int, settings: KernelSettings) -> CoeExperts:
     """Experts with random weights; `_experts_implementation` of their configuration says what computes them."""
     config = CoeConfig(
         hidden_size=hidden_size,
         moe_intermediate_size=hidden_size * 11 // 8,
-        n_routed_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        inner_iter=args.iterations,
+        n_routed_experts=settings.experts,
+        num_experts_per_tok=settings.top_k,
+        inner_iter=settings.iterations,
         num_attention_heads=1,
         vocab_size=8,
     )
     config._experts_implementation = "grouped_mm"
-    experts = CoeExperts(config).to(getattr(torch, args.dtype))
+    experts = CoeExperts(config).to(getattr(torch, settings.dtype))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return experts
 
 
-def calls(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namespace) -> Callable[[str], None]:
+def calls(experts: CoeExperts, rows: int, backward: bool, settings: KernelSettings) -> Callable[[str], None]:
     """What calls the experts by the implementation of a name, with `rows` rows per expert on average."""
-    tokens, dtype = max(1, rows * args.experts // args.top_k), experts.down_proj.dtype
+    tokens, dtype = max(1, rows * settings.experts // settings.top_k), experts.down_proj.dtype
     hidden_states, gradient = (torch.randn(tokens, experts.hidden_dim).to(dtype) for _ in range(2))
     hidden_states.requires_grad_(backward)
     routings = []
-    for _ in range(args.iterations):
-        weights, indices = torch.randn(tokens, args.experts).softmax(dim=-1).topk(args.top_k, dim=-1)
+    for _ in range(settings.iterations):
+        weights, indices = torch.randn(tokens, settings.experts).softmax(dim=-1).topk(settings.top_k, dim=-1)
         routings.append((indices, weights))
 
     def call(name: str) -> None:
@@ -72,16 +86,16 @@ def calls(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namespa
     return call
 
 
-def ratios(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namespace) -> Iterator[tuple[str, float]]:
+def ratios(experts: CoeExperts, rows: int, backward: bool, settings: KernelSettings) -> Iterator[tuple[str, float]]:
     """Other implementations and the median ratio of the default's time to theirs."""
-    clock, call = Clock("cpu", args.threads), calls(experts, rows, backward, args)
-    copied = rows * args.experts * sum(parameter[0].nbytes for parameter in experts.parameters())
+    clock, call = Clock("cpu", settings.threads), calls(experts, rows, backward, settings)
+    copied = rows * settings.experts * sum(parameter[0].nbytes for parameter in experts.parameters())
 
     def start(name: str) -> tuple[float, TimedCall]:
         first = clock(lambda: call(name))
         if first < 1.0:  # or else what only the first call does is a small part of it
             first = clock(lambda: call(name))
-        repeats = max(1, math.ceil(args.seconds / max(first, 1e-6)))
+        repeats = max(1, math.ceil(settings.seconds / max(first, 1e-6)))
         return first, lambda: clock(lambda: [call(name) for _ in range(repeats)]) / repeats
 
     least, default = start("grouped_mm")
@@ -92,13 +106,13 @@ def ratios(experts: CoeExperts, rows: int, backward: bool, args: argparse.Namesp
         if first > SLOW * least:
             yield name, least / first  # as exact as need be
             continue
-        samples = alternate({"grouped_mm": default, name: other}, args.pairs)
+        samples = alternate({"grouped_mm": default, name: other}, settings.pairs)
         yield name, spread([ours / theirs for ours, theirs in zip(*samples.values(), strict=True)]).median
 
 
-def rates(hidden_size: int, rows: int, args: argparse.Namespace) -> Iterator[str]:
+def rates(hidden_size: int, rows: int, settings: KernelSettings) -> Iterator[str]:
     """Lines of a table: GFLOP/s of every kernel in each product of a layer."""
-    width, dtype = hidden_size * 11 // 8, getattr(torch, args.dtype)
+    width, dtype = hidden_size * 11 // 8, getattr(torch, settings.dtype)
     for each in dict.fromkeys(cpu_kernels.layer_products(hidden_size, width, rows, dtype)):
         flops = cpu_kernels.example_flops(each)
         cells = [
@@ -107,41 +121,33 @@ def rates(hidden_size: int, rows: int, args: argparse.Namespace) -> Iterator[str
         yield f"| {each} | {' | '.join(cells)} | {cpu_kernels.kernel_for(each)} |"
 
 
+@command
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     """Prints both tables; returns the ratios by implementation of every row of the first."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[64, 256, 512])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 65, 260], help="per expert")
-    parser.add_argument("--experts", type=int, default=63)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of one sample; shorter calls are repeated")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    settings = parse(KernelSettings, __doc__.splitlines()[0], argv)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     print(
         f"{cpu_kernels.processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.dtype}, threads {args.threads}, experts {args.experts}, "
-        f"iterations {args.iterations}, {cpu_kernels.VARIABLE} {os.environ.get(cpu_kernels.VARIABLE, 'auto')}\n"
+        f"transformers {transformers.__version__}, {settings.dtype}, threads {settings.threads}, "
+        f"experts {settings.experts}, iterations {settings.iterations}, "
+        f"{cpu_kernels.VARIABLE} {os.environ.get(cpu_kernels.VARIABLE, 'auto')}\n"
     )
     print(f"| hidden size | rows per expert | direction | {' | '.join(OTHERS)} |")
     print("| ---: | ---: | --- |" + " ---: |" * len(OTHERS))
     results = []
-    for hidden_size in args.hidden_sizes:
-        experts = layer(hidden_size, args)
-        for rows, backward in product(args.rows, (False, True)):
-            result = dict(ratios(experts, rows, backward, args))
+    for hidden_size in settings.hidden_sizes:
+        experts = layer(hidden_size, settings)
+        for rows, backward in product(settings.rows, (False, True)):
+            result = dict(ratios(experts, rows, backward, settings))
             results.append(result)
             cells = " | ".join(f"{result[name]:.2f}" if name in result else "" for name in OTHERS)
             direction = "forward and backward" if backward else "forward"
             print(f"| {hidden_size} | {rows} | {direction} | {cells} |", flush=True)
     print(f"\n| product, GFLOP/s | {' | '.join(cpu_kernels.KERNELS)} | chosen |")
     print("| --- |" + " ---: |" * len(cpu_kernels.KERNELS) + " --- |")
-    for hidden_size, rows in product(args.hidden_sizes, args.rows):
-        print("\n".join(rates(hidden_size, rows, args)), flush=True)
+    for hidden_size, rows in product(settings.hidden_sizes, settings.rows):
+        print("\n".join(rates(hidden_size, rows, settings)), flush=True)
     return results
 
 

@@ -370,7 +370,7 @@ def measure_rates(settings: BenchmarkSettings, clock: Clock, repeats: int = 3) -
     }
 
 
-def describe_machine(settings: BenchmarkSettings) -> dict[str, Any]:
+def describe_machine(device: str, threads: int, date: str) -> dict[str, Any]:
     """What a reader needs to place the figures."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -378,16 +378,16 @@ def describe_machine(settings: BenchmarkSettings) -> dict[str, Any]:
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
-        "device": torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else cpu,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "threads": settings.threads,
-        "clock": "CUDA events" if settings.device.startswith("cuda") else "CPU" if settings.threads == 1 else "wall",
+        "threads": threads,
+        "clock": "CUDA events" if device.startswith("cuda") else "CPU" if threads == 1 else "wall",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "date": settings.date,
+        "date": date,
     }
 
 
@@ -551,7 +551,7 @@ class Benchmark:
         rates = {name: max(samples) for name, samples in self.rate_samples.items()}
         results = {
             "benchmark": self.name,
-            "machine": describe_machine(self.settings),
+            "machine": describe_machine(self.settings.device, self.settings.threads, self.settings.date),
             "settings": {name: value for name, value in asdict(self.settings).items() if name != "output"},
             "rates": rates,
             "rate_samples": self.rate_samples,
@@ -609,7 +609,10 @@ def target_note(row: dict[str, Any], name: str) -> str:
 def ratio_cells(row: dict[str, Any]) -> list[str]:
     ratio, unit = row["ratio"], row["unit"]
     return [
-        *(row["task"], row["variant"], row["implementation"], quantity(row["ours_median"], unit)),
+        row["task"],
+        row["variant"],
+        row["implementation"],
+        quantity(row["ours_median"], unit),
         f"{quantity(row['native_median'], unit)} ({row['native_implementation']})",
         f"{ratio['median']:.3f}",
         f"{ratio['q1']:.3f} to {ratio['q3']:.3f}",
@@ -620,8 +623,13 @@ def ratio_cells(row: dict[str, Any]) -> list[str]:
 
 def distance_cells(row: dict[str, Any]) -> list[str]:
     return [
-        *(row["task"], row["variant"], row["implementation"], f"{row['tokens_per_second']:,.0f}"),
-        *(quantity(row["least_seconds"], "s"), f"{row['distance']:.2f}", target_note(row, "distance")),
+        row["task"],
+        row["variant"],
+        row["implementation"],
+        f"{row['tokens_per_second']:,.0f}",
+        quantity(row["least_seconds"], "s"),
+        f"{row['distance']:.2f}",
+        target_note(row, "distance"),
     ]
 
 

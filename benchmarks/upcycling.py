@@ -12,7 +12,6 @@ Runs are those of `examples/pretrain.py`, each in a folder named by a hash of it
 model that it goes on with. What is finished is not run again, what was interrupted goes on.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +30,38 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import modeling_coe  # noqa: F401  registers the Auto classes
+from modeling_coe.command_line import check_folder, check_positive, command, parse, setting
 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("identity", "split")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingSettings:
+    work: Path = setting(Path("runs/upcycling"), "folder for models and runs")
+    output: Path = setting(Path("runs/benchmarks"), "folder for the results")
+    seeds: list[int] = setting([1, 2, 3], "one pair of runs each")
+    source_steps: int = setting(3000, "steps of the mixture before conversion")
+    steps: int = setting(1000, "steps of each model after it")
+    source_lr: float = setting(3e-3, "highest learning rate before conversion")
+    lr: float = setting(1e-3, "highest learning rate after conversion")
+    eval_steps: int = setting(100, "steps between two evaluations")
+    jobs: int = setting(os.cpu_count() or 1, "runs at a time, one thread each")
+    data: list[str] = setting([], "options of examples/pretrain.py that choose the data")
+    shape: list[str] = setting(
+        ["--hidden-size=128", "--num-layers=3", "--num-experts=32", "--expert-width=32", "--top-k=8"],
+        "options of examples/pretrain.py that give the mixture its shape",
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/upcycling"), help="folder for models and runs")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one pair of runs each")
-    parser.add_argument("--source-steps", type=int, default=3000, help="steps of the mixture before conversion")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of each model after it")
-    parser.add_argument("--source-lr", type=float, default=3e-3)
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate after conversion")
-    parser.add_argument("--eval-steps", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--data", nargs="*", default=[], help="options of examples/pretrain.py that choose the data")
-    parser.add_argument(
-        "--shape",
-        nargs="*",
-        default=["--hidden-size=128", "--num-layers=3", "--num-experts=32", "--expert-width=32", "--top-k=8"],
-        help="options of examples/pretrain.py that give the mixture its shape",
-    )
-    args = parser.parse_args(argv)
-    for name in ("source_steps", "steps", "eval_steps", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
-    for folder in (args.work, args.output):
-        if folder.exists() and not folder.is_dir():
-            parser.error(f"{folder} is a file; choose a folder")
-    return args
+
+
+def parse_settings(argv: list[str] | None = None) -> UpcyclingSettings:
+    """Reads the command line."""
+    settings = parse(UpcyclingSettings, __doc__.splitlines()[0], argv)
+    check_positive(settings, "source_steps", "steps", "eval_steps", "jobs")
+    check_folder("work", settings.work)
+    check_folder("output", settings.output)
+    return settings
 
 
 def run(*command: str | Path) -> None:
@@ -81,11 +79,11 @@ def run(*command: str | Path) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))} failed with status {process.returncode}:\n{output}")
 
 
-def pretrain(args: argparse.Namespace, name: str, *options: str | Path) -> tuple[dict[str, Any], Path]:
+def pretrain(settings: UpcyclingSettings, name: str, *options: str | Path) -> tuple[dict[str, Any], Path]:
     """Results of a run of `examples/pretrain.py`, made now if they are not there, and its folder."""
-    shared = ("--eval-steps", args.eval_steps, "--save-steps", args.eval_steps, "--num-problems", 1)
-    command = [*map(str, (*args.data, *shared, *options))]
-    folder = args.work / f"{name}-{hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]}"
+    shared = ("--eval-steps", settings.eval_steps, "--save-steps", settings.eval_steps, "--num-problems", 1)
+    command = [*map(str, (*settings.data, *shared, *options))]
+    folder = settings.work / f"{name}-{hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]}"
     results = folder / "results.json"
     if not results.exists():
         resume = ["--resume"] if (folder / "run.json").exists() else []
@@ -99,11 +97,13 @@ def convert(source: Path, target: Path, *options: str | Path) -> Path:
     return target
 
 
-def train_and_convert(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Path]]:
+def train_and_convert(settings: UpcyclingSettings) -> tuple[dict[str, Any], dict[str, Path]]:
     """Trains the mixture and converts it in every mode. It is trained as a chain of one iteration, which is the same
     model, and taken back to DeepSeek-V2 before."""
-    options = ("--residual=prenorm", "--iterations=1", "--schedule=constant_with_warmup", *args.shape)
-    source, folder = pretrain(args, "source", "--steps", args.source_steps, "--lr", args.source_lr, *options)
+    options = ("--residual=prenorm", "--iterations=1", "--schedule=constant_with_warmup", *settings.shape)
+    source, folder = pretrain(
+        settings, "source", "--steps", settings.source_steps, "--lr", settings.source_lr, *options
+    )
     mixture = convert(folder / "model", folder / "deepseek_v2", "--to", "source")
     converted = {mode: convert(mixture, folder / mode, "--mode", mode) for mode in MODES}
     flops = {mode: AutoConfig.from_pretrained(folder).expert_flops_per_token for mode, folder in converted.items()}
@@ -204,25 +204,28 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    source, converted = train_and_convert(args)
+    settings = parse_settings(argv)
+    source, converted = train_and_convert(settings)
 
     def continued(mode: str, seed: int) -> dict[str, Any]:
-        options = ("--model", converted[mode], "--seed", seed, "--steps", args.steps, "--lr", args.lr)
-        return pretrain(args, f"{mode}-{seed}", *options)[0]
+        options = ("--model", converted[mode], "--seed", seed, "--steps", settings.steps, "--lr", settings.lr)
+        return pretrain(settings, f"{mode}-{seed}", *options)[0]
 
-    pairs = [(mode, seed) for seed in args.seeds for mode in MODES]
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pairs = [(mode, seed) for seed in settings.seeds for mode in MODES]
+    with ThreadPoolExecutor(settings.jobs) as pool:
         finished = list(tqdm(pool.map(lambda pair: continued(*pair), pairs), total=len(pairs), desc="runs"))
     runs = {mode: {} for mode in MODES}
     for (mode, seed), results in zip(pairs, finished, strict=True):
         runs[mode][seed] = results
 
-    any_run = runs["split"][args.seeds[0]]
+    any_run = runs["split"][settings.seeds[0]]
     results = {
-        "seeds": args.seeds,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("work", "output", "jobs")},
+        "seeds": settings.seeds,
+        "settings": {
+            name: value for name, value in asdict(settings).items() if name not in ("work", "output", "jobs")
+        },
         "parameters": source["parameters"],
         "expert_flops_per_token": AutoConfig.from_pretrained(converted["split"]).expert_flops_per_token,
         "source_tokens": source["training_tokens"],
@@ -231,10 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         "curves": {"source": curves(source)}
         | {mode: {seed: curves(result) for seed, result in by_seed.items()} for mode, by_seed in runs.items()},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "upcycling.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "upcycling.md").write_text(markdown(results))
-    plot(results, args.output / "upcycling.png")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    (settings.output / "upcycling.json").write_text(json.dumps(results, indent=1) + "\n")
+    (settings.output / "upcycling.md").write_text(markdown(results))
+    plot(results, settings.output / "upcycling.png")
     print(markdown(results))
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """What commands have in common: input that does not work is named in one line, with what to do about it."""
 
-import argparse
 import math
 import os
 import sys
@@ -20,7 +19,13 @@ from transformers import HfArgumentParser
 Settings = TypeVar("Settings")
 # What libraries raise where files of a model or a tokenizer are missing, damaged, or not of one kind.
 LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError),
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
     StrictDataclassError,
 )
 
@@ -29,18 +34,11 @@ class InputError(ValueError):
     """What the user gave does not work; the message names the option, its value and the remedy."""
 
 
-class OptionParser(argparse.ArgumentParser):
-    """A parser that shows defaults, and raises [`InputError`] where it cannot read the command line."""
-
-    def __init__(self, description: str, **options: Any):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+class _SettingsParser(HfArgumentParser):
+    """transformers' parser of dataclasses, which raises [`InputError`] where it cannot read the command line."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}. `--help` tells what every option takes.")
-
-
-class _SettingsParser(OptionParser, HfArgumentParser):
-    """transformers' parser of dataclasses, with the errors of our commands."""
 
 
 def setting(default: Any = MISSING, help: str | None = None, **options: Any) -> Any:
@@ -51,15 +49,27 @@ def setting(default: Any = MISSING, help: str | None = None, **options: Any) -> 
     return field(default=default, metadata=metadata)
 
 
-def parse(kind: type[Settings], description: str, argv: Sequence[str] | None = None) -> Settings:
+def parse(
+    kind: type[Settings], description: str, argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> Settings:
     """Reads a command line into settings: a dataclass, or one that joins groups of them and may change their defaults.
+
+    A field that `kind` adds to its groups is given to `add_argument` as its setting says, whatever its type; one
+    without a default is positional.
 
     Raises:
         InputError: An option is unknown, missing, or has no such value.
     """
     groups = [each for each in reversed(kind.__mro__) if "_argument_group_name" in vars(each)] or [kind]
-    parser = _SettingsParser(description, dataclass_types=groups)
-    parser.set_defaults(**{each.name: each.default for each in fields(kind) if each.default is not MISSING})
+    parser = _SettingsParser(groups, description=description, prog=prog)
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(kind)
+    }
+    grouped = {each.name for group in groups for each in fields(group)}
+    for each in fields(kind):
+        if each.name not in grouped:
+            parser.add_argument(each.name if defaults[each.name] is MISSING else option(each.name), **each.metadata)
+    parser.set_defaults(**{name: default for name, default in defaults.items() if default is not MISSING})
     return kind(**vars(parser.parse_args(argv)))
 
 

@@ -471,7 +471,7 @@ def test_a_folder_that_cannot_be_written(inputs, tmp_path, monkeypatch, script):
         ("paper.results", "@rows.jsonl", ("RUNS.jsonl", "required")),
         ("paper.results", "@rows.jsonl @missing", ("missing does not exist", "give two files")),
         ("upcycling", "--steps 0", ("--steps is 0", "1 or more")),
-        ("upcycling", "--work @file", ("file is a file", "choose a folder")),
+        ("upcycling", "--work @file", ("--work", "file is a file", "Choose another folder")),
         ("train_step", "--pairs 0", ("--pairs is 0", "1 or more")),
         ("train_step", "--output @file", ("--output", "file is a file", "Choose another folder")),
     ],

@@ -3,7 +3,7 @@
 import gc
 import importlib
 import json
-from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,14 +244,14 @@ def test_a_run_of_the_upcycling_benchmark_is_what_its_options_say(tmp_path, monk
         made.append(folder)
 
     monkeypatch.setattr(upcycling, "run", run)
-    args = upcycling.parse_arguments(["--work", str(tmp_path)])
-    others = [Namespace(**vars(args) | change) for change in ({"eval_steps": 7}, {"data": ["--data=other.jsonl"]})]
+    settings = upcycling.parse_settings(["--work", str(tmp_path)])
+    others = [replace(settings, eval_steps=7), replace(settings, data=["--data=other.jsonl"])]
     options = ("--model", tmp_path / "split", "--steps", 3, "--lr", 0.5)
-    first = upcycling.pretrain(args, "split-1", *options)
-    assert upcycling.pretrain(args, "split-1", *options) == first and len(made) == 1
+    first = upcycling.pretrain(settings, "split-1", *options)
+    assert upcycling.pretrain(settings, "split-1", *options) == first and len(made) == 1
     for index in (1, 3, 5):
         changed = (*options[:index], "other", *options[index + 1 :])
-        assert upcycling.pretrain(args, "split-1", *changed)[0]["options"][-6 + index] == "other"
+        assert upcycling.pretrain(settings, "split-1", *changed)[0]["options"][-6 + index] == "other"
     for other in others:
         upcycling.pretrain(other, "split-1", *options)
     assert len(set(made)) == len(made) == 6

@@ -675,8 +675,8 @@ def ids_of(row: dict) -> list[int]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import what is run here
 def test_command_from_the_shell(saved, rows, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
-    options = ["--column", "question", "--column", "answer", "--batch-size", "2", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["coe-routing", str(saved), str(rows), "--out", str(out), *options])
+    options = ["--column", "answer", "--batch-size", "2", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["coe-routing", "--column", "question", str(saved), str(rows), *options])
     runpy.run_module("modeling_coe.diagnostics.cli", run_name="__main__")
     written = json.loads((out / "routing.json").read_text())
     assert (written.pop("model"), written.pop("data")) == (str(saved), str(rows))

@@ -39,6 +39,7 @@ from benchmarks.paper.plots import PAPER_CURVES, read_paper_curves
 from benchmarks.paper.runs import GSM8K, SCALES, TIMING_SEED, Data, Run, Scale, plan, tuning_runs
 from configuration_coe import RESIDUAL_RULES
 from modeling_coe import CoeConfig, CoeForCausalLM
+from modeling_coe.command_line import InputError
 from tests.helpers import ROOT, random_ids, tiny_config
 
 
@@ -56,7 +57,7 @@ class Vocabulary:
 
 
 def config_of(made: Run) -> CoeConfig:
-    return worker.pretrain.build_config(worker.pretrain.parse_settings(made.argv("out", "root")), Vocabulary())
+    return worker.pretrain.build_config(worker.settings_of(made, "out", "root"), Vocabulary())
 
 
 def routed_flops(made: Run) -> int:
@@ -178,7 +179,7 @@ class TestTable:
         stages, _ = plan(scale, {}, assumed_rate=1e-3)
         assert {made.settings["data_set"] for made in stages["figure_6"]} == {"gsm8k"}
         assert {made.settings["data_set"] for made in stages["figure_3a"]} == {"arithmetic"}
-        assert all("--data=root/gsm8k/train.parquet" in made.argv("out", "root") for made in stages["figure_6"])
+        assert all(made.options("root")["data"] == "root/gsm8k/train.parquet" for made in stages["figure_6"])
         figure_6, figure_3a = scale.experiments
         assert {arm.data for arm in figure_6.arms} == {"second"} and figure_3a == FIGURE_3A
         assert [contrast.label for contrast in figure_6.contrasts] == [each.label for each in FIGURE_6.contrasts]
@@ -285,13 +286,15 @@ class TestIdentity:
 
     @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
     def test_every_option_of_the_trainer_is_a_setting(self, scale):
-        """With the value that the trainer resolves it to: none is left to a default."""
-        options = worker.computing(worker.pretrain.parse_settings(["--output-dir=out"])).keys()
-        options = options - worker.REPORT_SETTINGS
+        """With the value that the trainer has, the one that its command line would give it: none is a default."""
+        start_and_report = {"output_dir", "resume", "overwrite", "num_problems", "num_samples", "max_new_tokens"}
         for arm in ARMS:
             made = Run(scale, arm, 1e-3, 1)
-            args = worker.computing(worker.settings_of(made, "out", "root"))
-            assert {name: args[name] for name in options} == made.options("root")
+            settings, options = worker.settings_of(made, "out", "root"), made.options("root")
+            assert {name: value for name, value in vars(settings).items() if name not in start_and_report} == options
+            told = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
+            argv = [f"{name}={value}" for name, value in told.items()]
+            assert worker.pretrain.parse_settings(["--output-dir=out", *argv]) == settings
 
     @pytest.mark.parametrize("kind", DECISIVE, ids=lambda kind: kind.__name__)
     def test_every_field_decides_or_is_known_not_to(self, kind):
@@ -333,12 +336,11 @@ class TestIdentity:
                 assert replace(self.TIMED).id != before
         assert replace(self.TIMED, scale=replace(CPU, timed_steps=9)).id != self.TIMED.id
 
-    def test_a_command_that_is_not_of_the_settings(self, monkeypatch):
-        command = Run.argv
-        monkeypatch.setattr(Run, "argv", lambda *args, **kwargs: [*command(*args, **kwargs), "--top-k=1"])
+    @pytest.mark.parametrize("name", ["dropout", "output_dir", "num_problems"])
+    def test_a_setting_that_the_trainer_does_not_compute_with(self, name):
         other = replace(self.MADE)
-        assert other.id != self.MADE.id
-        with pytest.raises(ValueError, match=r"CoE-2\(4/64\) inner, arithmetic.*: top_k are not those"):
+        vars(other)["settings"] = self.MADE.settings | {name: 1}
+        with pytest.raises(ValueError, match=rf"CoE-2\(4/64\) inner, arithmetic.*: {name} must be in both"):
             worker.settings_of(other, "out", "root")
 
     def test_a_default_that_is_no_setting(self, monkeypatch):
@@ -346,10 +348,15 @@ class TestIdentity:
         class WithDropout(worker.pretrain.PretrainSettings):
             dropout: float = 0.1
 
-        parse = worker.pretrain.parse_settings
-        monkeypatch.setattr(worker.pretrain, "parse_settings", lambda argv: WithDropout(**vars(parse(argv))))
-        with pytest.raises(ValueError, match="dropout are not those"):
+        monkeypatch.setattr(worker.pretrain, "PretrainSettings", WithDropout)
+        with pytest.raises(ValueError, match=": dropout must be in both"):
             worker.settings_of(self.MADE, "out", "root")
+
+    def test_a_setting_without_meaning(self):
+        other = replace(self.MADE)
+        vars(other)["settings"] = self.MADE.settings | {"top_k": 0}
+        with pytest.raises(InputError, match="--top-k is 0"):
+            worker.settings_of(other, "out", "root")
 
     def test_the_environment_does_not_decide(self, monkeypatch, tmp_path):
         """Which kernel computes the experts is a setting."""
@@ -367,7 +374,7 @@ class TestIdentity:
         assert json.loads(json.dumps(self.TIMED.settings)) == self.TIMED.settings
 
     def test_published_runs_are_runs_of_today(self):
-        """Every line has the id and the settings that a run with its settings has today, and an id of before."""
+        """Every line has the id and the settings that a run with its settings has today, and its ids of before."""
         names = {data.name: key for key, data in CPU.data.items()}
         published = results.load(results.path_of("cpu"))
         for id, entry in published.items():
@@ -385,7 +392,8 @@ class TestIdentity:
             )
             made = Run(CPU, arm, settings["lr"], settings["seed"], settings["kind"])
             assert (made.id, made.settings, made.label) == (id, settings, entry["label"])
-        assert len(published) == len({entry["former_id"] for entry in published.values()}) == 401
+        assert len(published) == 401
+        assert len({id for entry in published.values() for id in (entry["id"], *entry["former_ids"])}) == 3 * 401
 
     def test_what_the_published_commit_trained(self):
         """The options that `examples/pretrain.py` of commit cf36f65 resolved a published run to."""
@@ -400,7 +408,7 @@ class TestIdentity:
             **{"eval_blocks": 128, "save_steps": 10},
         }
         first = next(iter(results.load(results.path_of("cpu")).values()))
-        assert first["former_id"] == "8eb7c6ade237"
+        assert first["former_ids"] == ["8eb7c6ade237", "94d6b7b1f8a1"]
         assert first["settings"] == options | {
             **{"kind": "train", "variant": None, "bf16": False, "cpu_kernel": "grouped_mm"},
             **{"data_set": "arithmetic", "split": "numbers"},
@@ -747,10 +755,10 @@ class TestWorker:
         assert found["ratio"]["min"] > 0 and len(found["seconds_per_step"]["reference"]) == SMOKE.timed_steps
 
     def test_the_runner_starts_it(self, tmp_path):
-        args = run.parse_arguments(["--scale=smoke", f"--results={tmp_path}", "--nice=0"])
+        settings = run.parse_settings(["--scale=smoke", f"--results={tmp_path}", "--nice=0"])
         made = Run(SMOKE, dense(PRENORM, 2), 1e-3, 1)
         with run.only_runner(tmp_path / "smoke") as lock:
-            assert run.Processes(args, lock).execute(made) is None
+            assert run.Processes(settings, lock).execute(made) is None
         assert list(results.load(results.path_of("smoke", tmp_path))) == [made.id]
 
 

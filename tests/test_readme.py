@@ -47,7 +47,7 @@ def test_commands_are_understood(page, words):
     elif words[0] == "coe-convert":
         conversion.cli._parser().parse_args(words[1:])
     elif words[0] == "coe-routing":
-        modeling_coe.diagnostics.cli.parse_arguments(words[1:])
+        modeling_coe.diagnostics.cli.parse_settings(words[1:])
     else:
         assert words[0] in {"pip", "hf", "lm-eval", "python", "GOMP_SPINCOUNT=1000"}, words
 

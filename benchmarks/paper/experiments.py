@@ -380,8 +380,19 @@ TABLE_2 = Experiment(
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        *(FIGURE_3A, RULE_TABLE, SECOND_DATA, SECOND_RULES, FIGURE_7, ITERATIONS),
-        *(FIGURE_6, FIGURE_5, FIGURE_3B, FIGURE_4, TABLE_2, OURS, OWN_RATES),
+        FIGURE_3A,
+        RULE_TABLE,
+        SECOND_DATA,
+        SECOND_RULES,
+        FIGURE_7,
+        ITERATIONS,
+        FIGURE_6,
+        FIGURE_5,
+        FIGURE_3B,
+        FIGURE_4,
+        TABLE_2,
+        OURS,
+        OWN_RATES,
     )
 }
 BASELINES = (moe(OFFICIAL), moe(PRENORM))

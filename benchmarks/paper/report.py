@@ -336,8 +336,19 @@ def models(evidence: Evidence) -> list[str]:
     arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms if not arm.own_lr]
     runs = {arm: found for arm in arms if (found := list(evidence.runs(arm).values()))}
     costs = (
-        *("model", "data", "parameters", "active", "expert MFLOP/token", "all", "step", "paper's", "CPU s", "s"),
-        *("tokens/s", "peak MiB", "of these, parameters"),
+        "model",
+        "data",
+        "parameters",
+        "active",
+        "expert MFLOP/token",
+        "all",
+        "step",
+        "paper's",
+        "CPU s",
+        "s",
+        "tokens/s",
+        "peak MiB",
+        "of these, parameters",
     )
     return [
         "### Cost",

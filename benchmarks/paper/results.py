@@ -17,8 +17,18 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 # What a second run must give again: all but times and memory.
 FIGURES = (
-    *("settings", "held_out", "training", "unigram", "data_fingerprint", "order_fingerprint", "training_tokens"),
-    *("parameters", "active_parameters", "non_embedding_parameters", "expert_flops_per_token", "routing"),
+    "settings",
+    "held_out",
+    "training",
+    "unigram",
+    "data_fingerprint",
+    "order_fingerprint",
+    "training_tokens",
+    "parameters",
+    "active_parameters",
+    "non_embedding_parameters",
+    "expert_flops_per_token",
+    "routing",
 )
 
 

@@ -9,7 +9,6 @@ Every finished run is a line of `results/<scale>/runs.jsonl`, which the run itse
 runner dies, and none is made again. Learning rates are chosen from the lines of their grid.
 """
 
-import argparse
 import fcntl
 import os
 import signal
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +29,43 @@ from tqdm import tqdm
 from benchmarks.paper import results
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.runs import SCALES, Run, plan
+from modeling_coe.command_line import InputError, check_positive, check_range, command, parse, setting
 
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--scale", choices=SCALES, required=True)
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="of every experiment; the table's if not given")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and their estimated time")
-    parser.add_argument("--jobs", type=int, help="runs at a time; the scale's if not given")
-    parser.add_argument("--threads", type=int, default=1, help="of one run")
-    parser.add_argument("--nice", type=int, default=10, help="lowers the priority of the runs")
-    parser.add_argument("--minutes", type=float, help="start no run that would not end within this time")
-    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the JSON lines")
-    parser.add_argument("--data-root", default=str(ROOT.parent / "shared" / "data"), help="folder of the data")
-    args = parser.parse_args(argv)
-    for name, least in (("jobs", 1), ("threads", 1), ("minutes", 0)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            parser.error(f"--{name} is {value}; it must be {least} or more")
-    if wrong := [seed for seed in args.seeds or () if seed < 0]:
-        parser.error(f"--seeds has {wrong[0]}; they must be 0 or more")
-    if args.results.exists() and not args.results.is_dir():
-        parser.error(f"--results {args.results} is a file; choose a folder")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class RunnerSettings:
+    scale: str = setting(help="what to run at", choices=tuple(SCALES))
+    only: list[str] = setting([], ", ".join(EXPERIMENTS), choices=tuple(EXPERIMENTS), metavar="EXPERIMENT")
+    seeds: list[int] = setting([], "of every experiment; the table's if not given")
+    dry_run: bool = setting(False, "print the runs and their estimated time")
+    jobs: int | None = setting(None, "runs at a time; the scale's if not given")
+    threads: int = setting(1, "of one run")
+    nice: int = setting(10, "lowers the priority of the runs")
+    minutes: float | None = setting(None, "start no run that would not end within this time")
+    results: Path = setting(results.RESULTS, "folder of the JSON lines")
+    data_root: str = setting(str(ROOT.parent / "shared" / "data"), "folder of the data")
+
+
+def parse_settings(argv: list[str] | None = None) -> RunnerSettings:
+    """Reads the command line.
+
+    Raises:
+        InputError: An option has no such value.
+    """
+    settings = parse(RunnerSettings, __doc__.splitlines()[0], argv)
+    check_positive(settings, "threads")
+    if settings.jobs is not None:
+        check_positive(settings, "jobs")
+    if settings.minutes is not None:
+        check_range(settings, "minutes", 0)
+    if wrong := [seed for seed in settings.seeds if seed < 0]:
+        raise InputError(f"--seeds has {wrong[0]}; they must be 0 or more.")
+    if settings.results.exists() and not settings.results.is_dir():
+        raise InputError(f"--results {settings.results} is a file; choose a folder.")
+    return settings
 
 
 # ---- Time -----------------------------------------------------------------------------------------------------------
@@ -135,8 +143,8 @@ class Processes:
 
     module = "benchmarks.paper.worker"
 
-    def __init__(self, args: argparse.Namespace, lock: int):
-        self.args, self.lock = args, lock
+    def __init__(self, settings: RunnerSettings, lock: int):
+        self.settings, self.lock = settings, lock
         self.alive: set[subprocess.Popen] = set()
         self.guard, self.is_stopping = threading.Lock(), False
 
@@ -145,15 +153,15 @@ class Processes:
         options = {
             "scale": run.scale.name,
             "run": run.to_json(),
-            "results": self.args.results,
-            "data-root": self.args.data_root,
-            "threads": self.args.threads,
-            "nice": self.args.nice,
+            "results": self.settings.results,
+            "data-root": self.settings.data_root,
+            "threads": self.settings.threads,
+            "nice": self.settings.nice,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
         path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.args.threads),
+            "OMP_NUM_THREADS": str(self.settings.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": path,
@@ -203,7 +211,7 @@ def execute_all(runs: list[Run], processes: Processes, estimates: Estimates, job
             while todo or working:
                 while todo and len(working) < jobs:
                     run = todo.pop(0)
-                    reason = missing_data(run, processes.args.data_root)
+                    reason = missing_data(run, processes.settings.data_root)
                     if reason is None and time.monotonic() + estimates[run] > deadline:
                         reason = "the time is up"
                     if reason is None:
@@ -221,41 +229,42 @@ def execute_all(runs: list[Run], processes: Processes, estimates: Estimates, job
             raise
 
 
-def make_runs(args: argparse.Namespace, lock: int) -> set[str]:
+def make_runs(settings: RunnerSettings, lock: int) -> set[str]:
     """Makes what is not finished, and plans again whenever a grid of learning rates is.
 
     Returns:
         The ids of the runs that are still missing; more may depend on them.
     """
-    scale, path = SCALES[args.scale], results.path_of(args.scale, args.results)
-    deadline = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
-    processes, tried = Processes(args, lock), set()
+    scale, path = SCALES[settings.scale], results.path_of(settings.scale, settings.results)
+    deadline = float("inf") if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    processes, tried = Processes(settings, lock), set()
     while True:
         finished = results.load(path)
-        stages, complete = plan(scale, finished, args.only, args.seeds)
+        stages, complete = plan(scale, finished, settings.only, settings.seeds)
         runs = [run for stage in stages.values() for run in stage]
         missing = {run.id for run in runs if run.id not in finished}
         todo = [run for run in runs if run.id in missing - tried]
         if not todo:
             return missing
         print(f"{len(runs) - len(missing)} runs are finished, {len(todo)} to go{'' if complete else ' at first'}.")
-        execute_all(todo, processes, Estimates(finished, runs), args.jobs or scale.jobs, deadline)
+        execute_all(todo, processes, Estimates(finished, runs), settings.jobs or scale.jobs, deadline)
         tried |= missing
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    scale, path = SCALES[args.scale], results.path_of(args.scale, args.results)
-    if args.dry_run:
+    settings = parse_settings(argv)
+    scale, path = SCALES[settings.scale], results.path_of(settings.scale, settings.results)
+    if settings.dry_run:
         finished = results.load(path)
         middle = scale.learning_rates[len(scale.learning_rates) // 2]
-        stages, _ = plan(scale, finished, args.only, args.seeds, assumed_rate=middle)
+        stages, _ = plan(scale, finished, settings.only, settings.seeds, assumed_rate=middle)
         estimates = Estimates(finished, [run for stage in stages.values() for run in stage])
-        print_plan(stages, finished, estimates, args.jobs or scale.jobs)
+        print_plan(stages, finished, estimates, settings.jobs or scale.jobs)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with only_runner(path.parent) as lock:
-        missing = make_runs(args, lock)
+        missing = make_runs(settings, lock)
     if missing:
         sys.exit(f"{len(missing)} runs are missing; the same command makes them.")
 

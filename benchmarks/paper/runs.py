@@ -28,7 +28,7 @@ WARM_UP = 3  # steps of a timing that do not count
 COMMON_OPTIONS = {"schedule": "constant_with_warmup", "weight_decay": 0.01, "beta2": 0.95, "aux_loss": 0.001}
 COMMON_OPTIONS |= {"model": None, "init_range": None}
 CPU_KERNEL = "grouped_mm"  # of the experts: a run that is computed again has the same bits
-# Settings that are no options of `examples/pretrain.py`.
+# Settings that `examples/pretrain.py` does not have.
 OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference")
 Kind = Literal["train", "timing"]
 
@@ -180,9 +180,10 @@ SCALES = {
             "seeds. After a report on three seeds, all but the tables of residual rules went on to five. The claims "
             "about `both` and the controls were added later as well. The learning rate stayed that of the baselines "
             "on arithmetic. Runs from before that are still in the file. All are of commit cf36f65; four of them, "
-            "made again with later code, gave the same figures. Their ids were computed anew when what all runs have "
-            "in common became part of a run's identity. The settings that they stand for now are, one by one, those "
-            "that the programs of that commit resolve the published runs to; `former_id` is a run's id until then.",
+            "made again with later code, gave the same figures. Their ids were computed anew twice: when what all "
+            "runs have in common became part of a run's identity, and when its command line, which said the same "
+            "again, ceased to be. The settings that they stand for now are, one by one, those that the programs of "
+            "that commit resolve the published runs to; `former_ids` are a run's ids until then, oldest first.",
         ),
         Scale(
             "gpu-hour",
@@ -224,8 +225,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it computes: every option of `examples/pretrain.py` but those of folders and of the
-        report at the end, so that no default of that program decides, and what it has no option for."""
+        """All that decides what it computes: every setting of `examples/pretrain.py` but those of folders and of the
+        report at the end, so that no default of that program decides, and what it has no setting for."""
         arm, shape, data = self.arm.model, self.scale.shape, self.scale.data[self.arm.data]
         settings = {
             "kind": self.kind,
@@ -261,9 +262,8 @@ class Run:
 
     @cached_property
     def id(self) -> str:
-        """The run's identity: a hash of its settings, and of the command, so that the two cannot part ways."""
-        identity = [self.settings, self.argv(output_dir="", data_root="{root}")]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        """The run's identity: a hash of its settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
@@ -279,17 +279,10 @@ class Run:
         return 60 * self.scale.minutes * self.arm.relative_cost * share
 
     def options(self, data_root: str) -> dict[str, Any]:
-        """The settings that are options of `examples/pretrain.py`, with the folder of the data."""
+        """The settings that `examples/pretrain.py` has too, with the folder of the data."""
         options = {name: value for name, value in self.settings.items() if name not in OWN_SETTINGS}
         texts = {name: value.replace("{root}", data_root) for name, value in options.items() if isinstance(value, str)}
         return options | texts
-
-    def argv(self, output_dir: str, data_root: str) -> list[str]:
-        """The run as a command line of `examples/pretrain.py`, but for what that has no options for."""
-        options = {"output_dir": output_dir, **self.options(data_root)}
-        told = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-        values = [f"{name}={value}" for name, value in told.items() if value is not None and type(value) is not bool]
-        return values + [name for name, value in told.items() if value is True]
 
     def to_json(self) -> str:
         """The run without its scale, for another process."""

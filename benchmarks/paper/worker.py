@@ -6,7 +6,6 @@
 The runner starts it. Data, tokenizer, configuration and optimizer are those of `examples/pretrain.py`.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -15,14 +14,14 @@ import resource
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pretrain
 import torch
 from recipe import corpus, report, training
-from recipe.settings import REPORT_SETTINGS, computing
+from recipe.settings import REPORT_SETTINGS, START_SETTINGS
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -32,39 +31,43 @@ from benchmarks.paper.experiments import REFERENCE
 from benchmarks.paper.runs import SCALES, WARM_UP, Run
 from benchmarks.paper.variants import build_model, expert_flops_per_token
 from modeling_coe import CoeForCausalLM, cpu_kernels
+from modeling_coe.command_line import command, parse, setting
 from modeling_coe.diagnostics import measure_routing
 
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of this project that a run comes from: all that are imported here.
 SOURCES = (
-    *(
-        "configuration_coe/*.py",
-        "modeling_coe/**/*.py",
-        "benchmarks/__init__.py",
-        "benchmarks/markdown.py",
-        "benchmarks/measure.py",
-    ),
+    "configuration_coe/*.py",
+    "modeling_coe/**/*.py",
+    "benchmarks/__init__.py",
+    "benchmarks/markdown.py",
+    "benchmarks/measure.py",
     *(f"benchmarks/paper/{name}.py" for name in ("__init__", "experiments", "results", "runs", "variants")),
-    *("examples/pretrain.py", "examples/recipe/*.py", "examples/tasks/question_answer.py"),
+    "examples/pretrain.py",
+    "examples/recipe/*.py",
+    "examples/tasks/question_answer.py",
     "benchmarks/paper/worker.py",
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def settings_of(run: Run, output_dir: str, data_root: str) -> pretrain.PretrainSettings:
-    """The settings of `examples/pretrain.py` that a run resolves to.
+    """A run as settings of `examples/pretrain.py`.
 
     Raises:
-        ValueError: They are not the run's: something decides that is no part of its identity.
+        ValueError: They and the run's are not the same ones: a default would decide, which is no part of its identity.
+        InputError: They have no meaning.
     """
-    settings = pretrain.parse_settings(run.argv(output_dir, data_root))
-    resolved, declared = computing(settings), run.options(data_root)
-    resolved = {name: value for name, value in resolved.items() if name not in REPORT_SETTINGS}
-    unlike = [name for name in resolved | declared if resolved.get(name) != declared.get(name)]
-    if unlike or resolved.keys() != declared.keys():
-        names = sorted({*unlike, *(resolved.keys() ^ declared.keys())})
-        raise ValueError(f"{run.label}: {', '.join(names)} are not those of `Run.settings`. Declare them there.")
+    options = run.options(data_root)
+    decisive = {each.name for each in fields(pretrain.PretrainSettings)} - START_SETTINGS - REPORT_SETTINGS
+    if unlike := sorted(options.keys() ^ decisive):
+        raise ValueError(
+            f"{run.label}: {', '.join(unlike)} must be in both `Run.settings` and `PretrainSettings`, or in neither. "
+            "Declare in `Run.settings` what decides a run, and in `OWN_SETTINGS` what is its own."
+        )
+    settings = pretrain.PretrainSettings(output_dir=Path(output_dir), **options)
+    pretrain.check_settings(settings)
     return settings
 
 
@@ -238,34 +241,37 @@ def execute(run: Run, data_root: str) -> dict[str, Any]:
     """The run's line."""
     began, code = time.perf_counter(), code_fingerprint()
     outcome = (time_steps if run.kind == "timing" else train)(run, data_root)
-    machine = argparse.Namespace(device=DEVICE, threads=torch.get_num_threads(), date=str(datetime.date.today()))
     return {
         "id": run.id,
         "label": run.label,
         "scale": run.scale.name,
         "settings": run.settings,
         **outcome,
-        "machine": describe_machine(machine),
+        "machine": describe_machine(DEVICE, torch.get_num_threads(), str(datetime.date.today())),
         "code": code,
         "seconds": time.perf_counter() - began,
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    scale: str = setting(help="of the run", choices=tuple(SCALES))
+    run: str = setting(help="as `Run.to_json` writes it")
+    results: Path = setting(results.RESULTS, "folder of the JSON lines")
+    data_root: str = setting("../shared/data", "folder of the data")
+    threads: int = setting(1, "of torch")
+    nice: int = setting(0, "lowers the priority")
+
+
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, required=True)
-    parser.add_argument("--run", required=True, help="as `Run.to_json` writes it")
-    parser.add_argument("--results", type=Path, default=results.RESULTS)
-    parser.add_argument("--data-root", default="../shared/data")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--nice", type=int, default=0)
-    args = parser.parse_args(argv)
-    os.nice(args.nice)
-    torch.set_num_threads(args.threads)
+    settings = parse(WorkerSettings, __doc__.splitlines()[0], argv)
+    os.nice(settings.nice)
+    torch.set_num_threads(settings.threads)
     logging.set_verbosity_error()
-    run = Run.from_json(SCALES[args.scale], args.run)
+    run = Run.from_json(SCALES[settings.scale], settings.run)
     os.environ[cpu_kernels.VARIABLE] = run.settings["cpu_kernel"]
-    results.append(results.path_of(args.scale, args.results), execute(run, args.data_root))
+    results.append(results.path_of(settings.scale, settings.results), execute(run, settings.data_root))
 
 
 if __name__ == "__main__":

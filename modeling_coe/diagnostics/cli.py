@@ -1,14 +1,14 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Command line of `coe-routing`, which `python -m modeling_coe.diagnostics.cli` runs too."""
 
-import argparse
 import json
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..command_line import (
     InputError,
-    OptionParser,
     check_device,
     check_folder,
     check_positive,
@@ -25,6 +24,8 @@ from ..command_line import (
     loading,
     make_folder,
     one_line,
+    parse,
+    setting,
 )
 from ..configuration_coe import CoeConfig
 from .recording import Batch, measure_routing
@@ -33,30 +34,41 @@ from .recording import Batch, measure_routing
 FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OptionParser(
+@dataclass(frozen=True, kw_only=True)
+class RoutingOptions:
+    _argument_group_name: ClassVar[str] = "routing"
+    out: Path = setting(help="folder for everything that is written")
+    split: str = setting("train", "split of a folder or Hub data set")
+    config: str | None = setting(None, "configuration of a Hub data set")
+    tokens: int = setting(100_000, "tokens to record, padding not counted")
+    length: int = setting(512, "tokens of a text; the rest of it is left out")
+    batch_size: int = setting(8, "texts per forward")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "what torch calls it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSettings(RoutingOptions):
+    model: str = setting(help="folder or Hub name of a model with its tokenizer", metavar="MODEL")
+    data: str = setting(help=f"{', '.join(FILE_FORMATS)} file, folder or Hub data set", metavar="DATA")
+    column: list[str] | None = setting(None, "column with text; may be repeated; `text` if not given", action="append")
+
+
+def parse_settings(argv: list[str] | None = None) -> RoutingSettings:
+    """Reads the command line and checks what can be checked without model and data."""
+    settings = parse(
+        RoutingSettings,
+        "Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, load.png and "
+        "transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
+        argv,
         prog="coe-routing",
-        description="Records what the routers of a Chain-of-Experts model do on a data set: writes routing.json, "
-        "load.png and transitions.png (and training.png where MODEL is a checkpoint of a Trainer), prints a table.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model with its tokenizer")
-    parser.add_argument("data", metavar="DATA", help=f"{', '.join(FILE_FORMATS)} file, folder or Hub data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
-    parser.add_argument("--column", action="append", help="column with text; may be repeated (default: text)")
-    parser.add_argument("--split", default="train", help="split of a folder or Hub data set")
-    parser.add_argument("--config", help="configuration of a Hub data set")
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens to record, padding not counted")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text; the rest of it is left out")
-    parser.add_argument("--batch-size", type=int, default=8, help="texts per forward")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    check_positive(args, "tokens", "length", "batch_size")
-    check_device(args.device)
-    check_folder("out", args.out)
-    if Path(args.data).is_file() and (args.split, args.config) != ("train", None):
-        named = f"--split is {args.split}" if args.split != "train" else f"--config is {args.config}"
-        raise InputError(f"{named}, but DATA {args.data} is a file, which has neither. Leave it out.")
-    return args
+    check_positive(settings, "tokens", "length", "batch_size")
+    check_device(settings.device)
+    check_folder("out", settings.out)
+    if Path(settings.data).is_file() and (settings.split, settings.config) != ("train", None):
+        named = f"--split is {settings.split}" if settings.split != "train" else f"--config is {settings.config}"
+        raise InputError(f"{named}, but DATA {settings.data} is a file, which has neither. Leave it out.")
+    return settings
 
 
 def load_model(source: str) -> tuple[PreTrainedModel, Any]:
@@ -145,30 +157,32 @@ def make_batches(
             }
 
 
-def report(args: argparse.Namespace) -> None:
-    """Records, writes and prints what the command line asks for."""
+def report(settings: RoutingSettings) -> None:
+    """Records, writes and prints what the settings ask for."""
     try:
         from . import plots
     except ImportError as error:
         raise InputError("The pictures need `matplotlib`: pip install 'coe-transformers[train]'.") from error
-    model, tokenizer = load_model(args.model)
-    texts = read_texts(args.data, args.column or ["text"], args.split, args.config)
-    batches = make_batches(texts, tokenizer, batch_size=args.batch_size, length=args.length, num_tokens=args.tokens)
-    with tqdm(total=args.tokens, unit=" tokens", unit_scale=True) as bar:
-        routing = measure_routing(model.to(args.device), _show_progress(batches, bar))
+    model, tokenizer = load_model(settings.model)
+    texts = read_texts(settings.data, settings.column or ["text"], settings.split, settings.config)
+    batches = make_batches(
+        texts, tokenizer, batch_size=settings.batch_size, length=settings.length, num_tokens=settings.tokens
+    )
+    with tqdm(total=settings.tokens, unit=" tokens", unit_scale=True) as bar:
+        routing = measure_routing(model.to(settings.device), _show_progress(batches, bar))
     if not routing.tokens:
-        raise InputError(f"DATA {args.data} holds no text. Give data with text, or another --column.")
-    make_folder("out", args.out)
-    content = {"model": args.model, "data": args.data} | routing.summary()
-    (args.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        raise InputError(f"DATA {settings.data} holds no text. Give data with text, or another --column.")
+    make_folder("out", settings.out)
+    content = {"model": settings.model, "data": settings.data} | routing.summary()
+    (settings.out / "routing.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
     print(routing)
-    plots.plot_load(routing, args.out / "load.png")
+    plots.plot_load(routing, settings.out / "load.png")
     if any(layer.num_iterations > 1 for layer in routing.layers.values()):
-        plots.plot_transitions(routing, args.out / "transitions.png")
-    state = Path(args.model) / "trainer_state.json"
+        plots.plot_transitions(routing, settings.out / "transitions.png")
+    state = Path(settings.model) / "trainer_state.json"
     if state.is_file():
         try:
-            plots.plot_training(state, args.out / "training.png")
+            plots.plot_training(state, settings.out / "training.png")
         except ValueError as error:
             print(f"There is no training.png: {error}", file=sys.stderr)
 
@@ -182,7 +196,7 @@ def _show_progress(batches: Iterable[Batch], bar: tqdm) -> Iterator[Batch]:
 @command
 def main(argv: list[str] | None = None) -> None:
     """`coe-routing`."""
-    report(parse_arguments(argv))
+    report(parse_settings(argv))
 
 
 if __name__ == "__main__":

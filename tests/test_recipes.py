@@ -1,0 +1,236 @@
+"""The recipes of the pages, small: each command and Python block runs, and prints what the page shows below it."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from datasets import Dataset
+
+from .helpers import ROOT
+from .test_evaluation import COMMAND_LINE
+
+
+# How a command that begins so is made small: by options that are appended to it, since the last of equal ones counts.
+# The demo model keeps its shape, so that the page's counts of parameters can be checked.
+TRAINING = "--steps 2 --batch-size 2 --num-problems 2 --max-new-tokens 4"
+SMALL = {
+    "python examples/pretrain.py": f"{TRAINING} --eval-blocks 2",
+    "python examples/pretrain.py --output-dir runs/gsm8k": "--hidden-size 32 --num-layers 1 --vocab-size 300",
+    "python examples/finetune_lora.py": f"{TRAINING} --eval-blocks 2",
+    "python examples/sft.py": f"{TRAINING} --train-examples 20 --eval-examples 4",
+    "python examples/evaluation.py": "--limit 2 --max-new-tokens 4",
+    "python examples/routing.py": "",
+    "python -c": "",
+    "coe-convert runs/": "",
+    "coe-routing": "--tokens 200",
+    "lm-eval run": "--limit 2 --gen_kwargs max_gen_toks=4",
+}
+# Commands, and names of which Python makes use, that are not run, and why.
+NOT_RUN = {
+    "make test": "it runs this test",
+    "pip install -e . -c constraints.txt": "it needs the network",
+    "pip install -e .[quantization]": "it needs the network",
+    "hf upload NAME/coe-demo runs/demo/model": "it needs the network",
+    "coe-convert SOURCE OUT --mode split --iterations 2": "not names of folders; `runs/deepseek_v2` is converted",
+    "int8_weight_only": "it needs torchao, which the tests' environment leaves out; tests/test_quantization.py",
+    "DistributedConfig": "it needs two processes; tests/test_distributed.py",
+}
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+class Block(NamedTuple):
+    """A block of a page, and the output that the page shows for it, if any."""
+
+    page: str
+    language: str
+    code: str
+    output: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """Word by word. Quoted line breaks end no command."""
+        lines = re.findall(r'(?:"[^"]*"|[^"\n])+', self.code.replace("\\\n", " "))
+        commands = [shlex.split(line, comments=True) for line in lines]
+        return [demo_command() if words == ["make", "demo"] else words for words in commands if words]
+
+    @property
+    def parts(self) -> list[str]:
+        """What runs or does not: the commands, or all of the Python."""
+        return [self.code] if self.language == "python" else [" ".join(words) for words in self.commands]
+
+    @property
+    def makes(self) -> set[str]:
+        return set(re.findall(r"--output-dir (\S+)", " ".join(self.parts)))
+
+    @property
+    def reads(self) -> set[str]:
+        return set(re.findall(r"(runs/\w+)/model", uploaded(" ".join(self.parts))))
+
+
+def demo_command() -> list[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return shlex.split(re.search(r"^demo:.*\n\t\$\(BIN\)/(.*)$", makefile, re.MULTILINE)[1])
+
+
+def uploaded(text: str) -> str:
+    """The model on the Hub is the folder that was uploaded."""
+    return text.replace("NAME/coe-demo", "runs/demo/model")
+
+
+def blocks(page: str) -> list[Block]:
+    """Commands and Python. A block without a language is the output of the last of them."""
+    found = []
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for language, content in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if language in ("bash", "python"):
+            found.append(Block(page, language, content, ""))
+        elif not language and found:
+            found[-1] = found[-1]._replace(output=found[-1].output + content)
+    return found
+
+
+def is_run(part: str) -> bool:
+    return part not in NOT_RUN and not any(name in part for name in NOT_RUN if name.isidentifier())
+
+
+BLOCKS = [block for page in ("README.md", "examples/README.md") for block in blocks(page)]
+RECIPES = [block for block in BLOCKS if any(map(is_run, block.parts))]
+
+
+# ---- Running --------------------------------------------------------------------------------------------------------
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with the options that make it small."""
+    given = " ".join(words)
+    return [*words, *(word for start, more in SMALL.items() if given.startswith(start) for word in more.split())]
+
+
+def argv(words: list[str]) -> list[str]:
+    """The command by this Python, whatever is on the path."""
+    program, *options = words
+    if program == "python":
+        return [sys.executable, *options]
+    if program == "lm-eval":
+        return [sys.executable, "-c", COMMAND_LINE, *options]
+    module, _, function = SCRIPTS[program].partition(":")
+    return [sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())", *options]
+
+
+def run_command(words: list[str], folder: Path) -> str:
+    """What it prints."""
+    environment = {"OMP_NUM_THREADS": "1", "COE_CPU_KERNEL": "mm", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        argv(small([uploaded(word) for word in words])),
+        cwd=folder,
+        env=os.environ | environment | {"HF_MODULES_CACHE": str(folder / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, f"{' '.join(words)}\n{process.stdout}{process.stderr}"
+    return process.stdout
+
+
+def run_python(block: Block, folder: Path) -> str:
+    """What it prints. Here, since importing everything anew takes longer than all the rest."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(block.code, block.page, "exec"), {})
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> Callable[[Block], str]:
+    """Runs a block once, after those that make what it reads, and gives what it prints: in a folder where all paths of
+    the pages lead somewhere, with a few rows in the columns of GSM8K."""
+    folder = tmp_path_factory.mktemp("recipes") / "project"
+    folder.mkdir()
+    (folder / "examples").symlink_to(ROOT / "examples")
+    data = folder.parent / "shared" / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    for split, count in (("train", 200), ("test", 50)):
+        rows = [
+            {
+                "question": f"Ann has {i} pens and buys {i % 7} more. How many pens does Ann have now?",
+                "answer": f"Ann has {i} + {i % 7} = {i + i % 7} pens.\n#### {i + i % 7}",
+            }
+            for i in range(count)
+        ]
+        Dataset.from_list(rows).to_parquet(data / f"{split}.parquet")
+
+    @cache
+    def run(block: Block) -> str:
+        for maker in RECIPES:
+            if maker != block and maker.makes & block.reads:
+                run(maker)
+        if block.language == "python":
+            return run_python(block, folder)
+        return "".join(run_command(words, folder) for words in block.commands if is_run(" ".join(words)))
+
+    return run
+
+
+# ---- Comparing ------------------------------------------------------------------------------------------------------
+
+
+def shape(line: str) -> str:
+    """A line without its numbers and widths. Counts such as 756,992, which the shape of a model decides, stay; that of
+    `runs/gsm8k` is another one here."""
+
+    def number(match: re.Match) -> str:
+        is_count = re.fullmatch(r"\d+(,\d{3})+", match[0]) and "runs/gsm8k" not in line
+        return match[0] if is_count else "#"
+
+    line = re.sub(r"\b\d+(,\d{3})*(\.\d+)?(e[-+]\d+)?\b", number, line)
+    line = re.sub(r"-{3,}", "---", re.sub(r" *\| *", "|", line))
+    return " ".join(line.split())
+
+
+def shapes(text: str) -> list[str]:
+    return [shape(line) for line in text.splitlines() if line.strip()]
+
+
+def shown(block: Block) -> list[str]:
+    """Shapes of the lines that the page shows, without a solution, which only a trained model writes; a problem is one
+    line, which the page breaks."""
+    before, mark, _ = block.output.partition("--- model\n")
+    before = re.sub(r"^\[.*[^\n]", lambda problem: problem[0].replace("\n", " "), before, flags=re.M | re.S)
+    return shapes(before + mark)
+
+
+# ---- Tests ----------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_run_or_has_a_reason():
+    parts = [(block, part) for block in BLOCKS for part in block.parts]
+    for block, part in parts:
+        known = block.language == "python" or any(part.startswith(start) for start in SMALL)
+        assert known or not is_run(part), f"SMALL does not say how to run this, nor NOT_RUN why not: {part}"
+    for text in (*SMALL, *NOT_RUN):
+        assert any(text in part for _, part in parts), f"no page has {text!r}"
+
+
+def test_python_registers_the_auto_classes():
+    """In this process they are registered already."""
+    for block in BLOCKS:
+        if block.language == "python":
+            assert re.search(r"^(import|from) modeling_coe", block.code, re.MULTILINE), block.code
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=[" ".join(block.parts[0].split())[:60] for block in RECIPES])
+def test_prints_what_the_page_shows(block, printed):
+    """All lines, in their order; more may stand between them."""
+    text = printed(block)
+    lines = iter(shapes(text))
+    for line in shown(block):
+        assert line in lines, f"{block.page} shows {line!r} below\n{block.code}\nwhich prints\n{text}"
