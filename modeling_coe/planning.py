@@ -86,7 +86,9 @@ class PlanSettings(DeviceSettings, StepSettings, LayoutSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSettings(PlanSettings):
-    config: str
+    config: str = setting(
+        help="folder, config.json or Hub name of a CoE model; its weights are not read", metavar="CONFIG"
+    )
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> CommandSettings:
@@ -95,7 +97,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> CommandSettings:
         CommandSettings,
         "Plans the training of a Chain-of-Experts model: memory of a device and expected speed of every layout.",
         argv,
-        positional={"config": "folder, config.json or Hub name of a CoE model; its weights are not read"},
+        prog="coe-plan",
     )
     check_settings(settings)
     return settings
@@ -189,18 +191,23 @@ def layouts(config: CoeConfig, settings: PlanSettings) -> Iterator[Layout]:
         yield _chosen_layout(config, settings)
         return
     yield Layout("ddp", replicate_size=devices)
-    if settings.dtype == "bfloat16":  # in float32 DeepSpeed has copies of its own
+    if devices == 1:
+        return
+    copies = [1] if devices == in_node else [1, devices // in_node]
+    # With tied embeddings FSDP of transformers trains wrongly.
+    if not config.tie_word_embeddings:
+        yield from (Layout("fsdp", copy, devices // copy) for copy in copies)
+    is_mixed = settings.dtype == "bfloat16"
+    if is_mixed:  # in float32 DeepSpeed has copies of its own
         yield Layout("zero-3", fsdp_size=devices)
     if config.tie_word_embeddings:
         return
-    copies = [1] if devices == in_node else [1, devices // in_node]
-    yield from (Layout("fsdp", copy, devices // copy) for copy in copies)
     for copy in copies:
         fsdp = devices // copy
         sizes = (2**power for power in range(1, fsdp.bit_length()))
         yield from (Layout("fsdp", copy, fsdp, ep_size=ep) for ep in sizes if not _ep_obstacle(config, ep, fsdp))
     for tp in (2**power for power in range(1, in_node.bit_length())):
-        if in_node % tp == 0 and not _tp_obstacle(config, tp):
+        if in_node % tp == 0 and not _tp_obstacle(config, tp) and not (is_mixed and tp == devices):
             yield Layout("fsdp", 1, devices // tp, tp_size=tp)
 
 
@@ -214,8 +221,8 @@ def _chosen_layout(config: CoeConfig, settings: PlanSettings) -> Layout:
         )
     if config.tie_word_embeddings and replicate * fsdp > 1:
         raise InputError(
-            "The model ties its embeddings (`tie_word_embeddings=True`), which FSDP of transformers trains wrongly. Untie "
-            "them, or leave the sizes out for the layouts that remain."
+            "The model ties its embeddings (`tie_word_embeddings=True`), which FSDP of transformers trains wrongly. "
+            "Untie them, or leave the sizes out for the layouts that remain."
         )
     if ep > 1 and tp > 1:
         raise InputError(f"--ep-size is {ep} and --tp-size {tp}, which are not planned together. Leave one out.")
@@ -223,6 +230,11 @@ def _chosen_layout(config: CoeConfig, settings: PlanSettings) -> Layout:
         raise InputError(f"--ep-size is {ep}, but {obstacle}. Choose a divisor of both, or leave it out.")
     if tp > 1 and (obstacle := _tp_obstacle(config, tp)):
         raise InputError(f"--tp-size is {tp}, but {obstacle}. Choose a divisor, or leave it out.")
+    if settings.dtype == "bfloat16" and replicate * fsdp == 1:
+        raise InputError(
+            "--dtype is bfloat16, which is FSDP's here, but --fsdp-size is 1. Choose float32, or let two devices or "
+            "more share a copy."
+        )
     return Layout("fsdp", replicate, fsdp, ep, tp)
 
 
@@ -372,7 +384,7 @@ def _gathered_bytes(layout: Layout, parameters: Sequence[Parameter], is_mixed: b
     of them, before they are reduced and as they are reduced, in float32."""
     if layout.engine == "ddp":
         return 2 * sum(math.prod(each.shape) for each in parameters if each.is_product) if is_mixed else 0
-    if layout.fsdp_size == 1 and not is_mixed:
+    if layout.num_batches == 1:
         return 0
     units: dict[str | None, int] = {}
     for each in parameters:
