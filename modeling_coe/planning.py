@@ -432,9 +432,11 @@ def activation_bytes(
     outside += sum(
         config.num_iterations(layer_idx) * tokens * 4 * config.n_routed_experts for layer_idx in config.sparse_layers
     )
-    # Gradients of the rows of one iteration, in float32: as the sum over K spreads them, and times their weights.
+    # Gradients of the rows of one iteration: as the sum over K spreads them and times their weights, both in float32,
+    # and cast to what experts compute in.
     rows = max((config.experts_per_iteration(layer_idx) for layer_idx in config.sparse_layers), default=0) * tokens
-    return outside + max(loss, max(layers) + 2 * 4 * rows * hidden)
+    row = (2 * 4 + (0 if precision.experts == 4 else precision.experts)) * hidden
+    return outside + max(loss, max(layers) + rows * row)
 
 
 def _layer_bytes(config: CoeConfig, layer_idx: int, tokens: int, precision: Precision, tp_size: int) -> int:

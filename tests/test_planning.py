@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from modeling_coe.planning import (
     PlanSettings,
     Precision,
     activation_bytes,
-    describe,
     forward_flops,
     launch_line,
     layouts,
@@ -240,7 +238,7 @@ def test_two_processes(tmp_path):
     """What a process holds of every parameter, and what experts exchange, in transformers' own layouts."""
     pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.23 has these layouts")
     # Sizes that do not divide: FSDP gives the first process the larger part.
-    config = tiny_config(first_k_dense_replace=1, num_hidden_layers=3, vocab_size=101, kv_lora_rank=15)
+    config = tiny_config(first_k_dense_replace=1, num_hidden_layers=3, vocab_size=101, intermediate_size=47)
     CoeForCausalLM(config).save_pretrained(tmp_path)
     sizes = [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2}]
     run = torchrun("tests.planning_worker", "--model", tmp_path, "--layouts", json.dumps(sizes))
@@ -275,7 +273,7 @@ def test_counts_agree_with_the_configuration():
 
 
 def test_gathered_weights():
-    """Two layers and the head in bfloat16; the gradients of one layer in bfloat16 and, as they are reduced, float32."""
+    """Two layers and the head in bfloat16; the gradients of a layer in bfloat16 and, as they are reduced, float32."""
     config = load_config(str(SHAPE))
     head = config.vocab_size * config.hidden_size + config.hidden_size
     head += config.vocab_size * config.hidden_size  # the embedding
@@ -392,7 +390,7 @@ def test_the_command(capsys, tmp_path):
         assert printed.count("fits") + 1 == len(re.findall(r"^(?:best|fits|  no) ", printed, re.MULTILINE))
         sizes = {"ddp": "examples/pretrain.py", "fsdp": "pretrain_distributed.py"}[best.split()[1]]
         assert sizes in printed.splitlines()[-1] and str(source) in printed.splitlines()[-1]
-    main([str(tmp_path), "--memory", "1M", "--sequence-length", "64"])
+    main([str(tmp_path), "--memory", "0.1M", "--sequence-length", "64"])
     assert "Nothing fits" in capsys.readouterr().out
 
 
@@ -492,9 +490,9 @@ def test_bad_configurations_end_in_one_line(content, named, tmp_path):
 def test_values_are_checked_too():
     with pytest.raises(InputError, match="--batch-size"):
         plan(tiny_config(), settings(batch_size=3))
-    with pytest.raises(InputError, match="--tp-size is 2, but the model has `num_attention_heads=3`"):
+    with pytest.raises(InputError, match="--tp-size is 2, but the model has `moe_intermediate_size=25`"):
         plan(
-            tiny_config(num_attention_heads=3, num_key_value_heads=3),
+            tiny_config(moe_intermediate_size=25),
             settings(devices=4, tp_size=2, sequence_length=64),
         )
 
