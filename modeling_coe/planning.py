@@ -281,6 +281,10 @@ class Parameter(NamedTuple):
         own = (".mlp.gate.", "embed_tokens", "iteration_scale")
         return len(self.shape) == 2 and not any(part in self.name for part in own)
 
+    def num_shards(self, layout: Layout) -> int:
+        """Number of devices that share it by FSDP or ZeRO-3."""
+        return layout.expert_fsdp_size if self.is_expert else layout.fsdp_size
+
     def size(self, layout: Layout, *, gathered: bool = False) -> int:
         """Number of elements that the first device holds, or that a group of FSDP gathers on it."""
         shape = list(self.shape)
@@ -291,7 +295,7 @@ class Parameter(NamedTuple):
         if not gathered and layout.engine == "zero-3":
             return math.ceil(math.prod(shape) / layout.fsdp_size)
         if not gathered:
-            shape[0] = math.ceil(shape[0] / (layout.expert_fsdp_size if self.is_expert else layout.fsdp_size))
+            shape[0] = math.ceil(shape[0] / self.num_shards(layout))
         return math.prod(shape)
 
 
@@ -380,19 +384,28 @@ def memory(config: CoeConfig, layout: Layout, settings: PlanSettings, parameters
 
 
 def _gathered_bytes(layout: Layout, parameters: Sequence[Parameter], is_mixed: bool) -> int:
-    """Of FSDP: a layer and the next one, which is gathered meanwhile, the head, which stays, and the gradients of one
-    of them, before they are reduced and as they are reduced, in float32."""
+    """Of FSDP: a layer and the next one, which is gathered meanwhile, the layer's gradients, before they are reduced
+    and as they are reduced, in float32, and what is left of them for this device. The head stays gathered."""
     if layout.engine == "ddp":
         return 2 * sum(math.prod(each.shape) for each in parameters if each.is_product) if is_mixed else 0
     if layout.num_batches == 1:
         return 0
-    units: dict[str | None, int] = {}
+    itemsize, reduced = 2 if is_mixed else 4, 2 if layout.engine == "zero-3" else 4
+    layers: dict[str, int] = {}
+    head = 0
     for each in parameters:
-        units[each.layer] = units.get(each.layer, 0) + each.size(layout, gathered=True)
-    head = units.pop(None) if layout.engine == "fsdp" else 0
-    layer, itemsize = max(units.values()), 2 if is_mixed else 4
-    reduced = 2 if layout.engine == "zero-3" else 4
-    return itemsize * (2 * layer + head) + (itemsize + reduced) * max(layer, head)
+        size = each.size(layout, gathered=True)
+        if each.layer is None:
+            head += size
+        elif each.num_shards(layout) == 1:  # a copy to multiply with, where there is one, and no gathering ahead
+            needed = size * ((itemsize if is_mixed else 0) + itemsize + reduced)
+            layers[each.layer] = layers.get(each.layer, 0) + needed
+        else:
+            needed = size * (3 * itemsize + reduced) + each.size(layout) * reduced
+            layers[each.layer] = layers.get(each.layer, 0) + needed
+    if layout.engine == "zero-3":  # which has no modules that stay
+        head = 0
+    return itemsize * head + max(*layers.values(), (itemsize + reduced) * head)
 
 
 def activation_bytes(
@@ -575,9 +588,8 @@ def traffic(config: CoeConfig, layout: Layout, settings: PlanSettings, parameter
 
     sharded = 0.0
     for each in parameters if layout.engine != "ddp" else ():
-        size = layout.expert_fsdp_size if each.is_expert else layout.fsdp_size
         scattered = 2 if layout.engine == "zero-3" else 4
-        sharded += (2 * itemsize + scattered) * each.size(layout, gathered=True) * rest(size)
+        sharded += (2 * itemsize + scattered) * each.size(layout, gathered=True) * rest(each.num_shards(layout))
     held = sum(each.size(layout) for each in parameters)
     rows = tokens * sum(
         config.num_iterations(layer_idx) * config.experts_per_iteration(layer_idx)

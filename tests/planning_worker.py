@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,25 +28,43 @@ class SentBytes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes that were allocated at once, and not before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--layouts", type=json.loads, required=True)
     args = parser.parse_args()
     reports = []
+    torch.manual_seed(0)
+    input_ids = random_ids(1, 128)
     for layout in args.layouts:
-        model = AutoModelForCausalLM.from_pretrained(args.model, distributed_config=DistributedConfig(**layout))
-        sizes = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
-        report = {"held": sum(each.numel() for each in sizes), "sent": 0}
-        if layout.get("ep_size", 1) > 1:
-            torch.manual_seed(dist.get_rank())
-            input_ids = random_ids(2, 16)
-            with SentBytes() as sent:
-                model.train()(input_ids, labels=input_ids).loss.backward()
-            total = torch.tensor(sent.total)
-            dist.all_reduce(total)
-            report["sent"] = total.item()
-        reports.append(report)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, distributed_config=DistributedConfig(**layout)
+        ).train()
+        model.set_experts_implementation("torch_grouped_mm")
+
+        def step(model=model):
+            model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+
+        tensors = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
+        report = {"held": sum(each.numel() for each in tensors)}
+        with SentBytes() as sent:
+            step()  # there are gradients from here on
+        total = torch.tensor(sent.total)
+        dist.all_reduce(total)
+        reports.append(report | {"sent": total.item(), "peak": peak_bytes(step)})
     if dist.get_rank() == 0:
         print(json.dumps(reports))
     leave_process_group()
