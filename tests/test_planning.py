@@ -245,8 +245,8 @@ def test_two_processes(tmp_path):
         options = settings(devices=2, batch_size=2, micro_batch_size=1, dtype="bfloat16" if is_mixed else "float32")
         planned = memory(config, layout, options, parameters)
         assert planned.weights == 4 * report["held"]
-        if layout.tp_size == 1:
-            assert planned.gathered + planned.activations == pytest.approx(report["peak"], rel=0.1)
+        if layout.tp_size == 1:  # collectives of the CPU end when they please: the peak differs from step to step
+            assert planned.gathered + planned.activations == pytest.approx(report["peak"], rel=0.15)
         sent = traffic(config, layout, options, parameters).exchanged
         # Of both processes, and with what each sends to itself, whatever the routers choose.
         assert report["sent"] == 2 * 2 * sent
