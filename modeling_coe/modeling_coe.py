@@ -414,6 +414,12 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        num_experts, ep_size = model.config.n_routed_experts or 0, getattr(distributed_config, "ep_size", 1)
+        if num_experts % ep_size:
+            raise ValueError(
+                f"`n_routed_experts={num_experts}` does not divide over `ep_size={ep_size}`. Set an `ep_size` that "
+                "divides it, or leave it out: `fsdp_size` shards any number of experts."
+            )
         if mesh_manager is not None:
             model._prepare_for_fsdp(distributed_config, mesh_manager)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
@@ -512,6 +518,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         """Writes the code of a model that FSDP2 has made a class for, which transformers leaves out of a folder."""
         if isinstance(self, FSDPModule):
             custom_object_save(CoePreTrainedModel, folder)
+            custom_object_save(self.config, folder)  # not the module of that name beside the model's
 
     def write_model_card(self, folder: str | Path, **details) -> None:
         """Writes the model card of a folder, or completes it. The installed package puts `model_cards.write` in this
