@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.nn import functional as F
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -70,7 +72,13 @@ from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
 from .releases import CACHE, slice_logits_to_keep, takes_cache
 from .staging import staged_files
-from .state_dict import fuse_expert_weights, rename_iteration_scale
+from .state_dict import (
+    check_gatherable,
+    fuse_expert_weights,
+    gather_state_dict,
+    is_sharded,
+    rename_iteration_scale,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -121,6 +129,12 @@ class CoeRouter(DeepseekV2TopkRouter):
             Raw logits (T, N), weights (T, K) and indices (T, K, int64) of the chosen experts, in no order.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        if self.training and self.weight.itemsize < torch.float32.itemsize and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"Routers are trained with weights in {self.weight.dtype}, as FSDP2's `param_dtype` and casts of the "
+                "whole model make them, and some tokens choose other experts than in float32. Call "
+                "`model.shard_routers(mesh)` before FSDP2 shards the model, or train under autocast."
+            )
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with maybe_autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
@@ -178,6 +192,12 @@ class CoeExperts(DeepseekV2Experts):
             `torch.Tensor`: (T, H) weighted sum of the chosen experts, accumulated in the dtype of the weights and
             returned in the dtype of `hidden_states`.
         """
+        if hasattr(self.gate_up_proj, "ds_id"):
+            # It compares which modules the ranks have called; the activation is called once for every expert chosen.
+            raise ValueError(
+                '`experts_implementation="eager"` does not work with DeepSpeed ZeRO-3, which needs the same calls of '
+                'modules on every rank. Set `experts_implementation="grouped_mm"` or `"batched_mm"`.'
+            )
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
         output = torch.zeros(hidden_states.shape, dtype=top_k_weights.dtype, device=hidden_states.device)
         for expert in top_k_index.unique().tolist():
@@ -378,6 +398,59 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         # transformers would save the code of the module that FSDP2's class is from.
         return super().is_remote_code() and cls is cls._model_class()
 
+    def shard_routers(self, mesh: DeviceMesh, offload_policy: OffloadPolicy | None = None) -> None:
+        """Makes every router a unit of FSDP2 of its own, in float32. Call it before `fully_shard` or accelerate shards
+        the rest with a `param_dtype` that would cast the routers; `from_pretrained(distributed_config=...)` does it.
+
+        Args:
+            mesh (`DeviceMesh`): The mesh that the rest of the model is sharded over, see `fully_shard`.
+            offload_policy (`OffloadPolicy`, *optional*): That of the rest of the model.
+        """
+        for module in self.modules():
+            if isinstance(module, CoeRouter):
+                # Small enough to stay whole until the backward pass.
+                options = {"reshard_after_forward": False, "offload_policy": offload_policy or OffloadPolicy()}
+                fully_shard(module, mesh=mesh, **options)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        num_experts, ep_size = model.config.n_routed_experts or 0, getattr(distributed_config, "ep_size", 1)
+        if num_experts % ep_size:
+            raise ValueError(
+                f"`n_routed_experts={num_experts}` does not divide over `ep_size={ep_size}`. Set an `ep_size` that "
+                "divides it, or leave it out: `fsdp_size` shards any number of experts."
+            )
+        if mesh_manager is not None:
+            model._prepare_for_fsdp(distributed_config, mesh_manager)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def _prepare_for_fsdp(self, distributed_config, mesh_manager) -> None:
+        """Lets transformers' FSDP2 keep tied embeddings one weight, and routers in float32."""
+        fsdp_size, tp_size = distributed_config.fsdp_size, distributed_config.tp_size
+        is_replicated = getattr(distributed_config, "dp_replicate_size", 1) > 1  # 5.19 has none
+        if self.config.tie_word_embeddings and fsdp_size > 1:
+            # transformers ties the two weights after sharding them. Where a shard is padded, each has a padded copy of
+            # its own from then on, of which an optimizer moves one. Tied before, and without a rule of the head, they
+            # are one weight of the root.
+            if tp_size == 1:
+                self.tie_weights(recompute_mapping=False)
+                self._fsdp_plan.pop("lm_head", None)
+            elif self.config.vocab_size % (fsdp_size * tp_size):
+                raise ValueError(
+                    f"`vocab_size={self.config.vocab_size}` does not divide over `fsdp_size * tp_size = "
+                    f"{fsdp_size * tp_size}`, where tied embeddings train wrongly. Set `tie_word_embeddings=False` "
+                    "or pad the vocabulary with `resize_token_embeddings`."
+                )
+        if distributed_config.fsdp_mixed_precision and (fsdp_size > 1 or is_replicated):
+            mesh = mesh_manager.get_mesh(("dp_replicate", "fsdp") if is_replicated else "fsdp")
+            self.shard_routers(mesh, CPUOffloadPolicy() if distributed_config.fsdp_cpu_offload else None)
+
+    def _resolve_parallel_plans(self, distributed_config) -> tuple[dict[str, str], ...]:
+        # From 5.23 on, a model in half precision has rules for the routers too, which may be units already.
+        *plans, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        units = {name for name, module in self.named_modules() if isinstance(module, FSDPModule)}
+        return *plans, {name: style for name, style in fsdp_plan.items() if name not in units}
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
         # Given tensors and adapters (which name the keys they expect) need not be whole models.
@@ -405,22 +478,47 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
         """Saves like [`PreTrainedModel.save_pretrained`], but whole or not at all: the files are written to a hidden
         folder inside `save_directory` and moved at the end (not with `push_to_hub` or `distributed_checkpoint`). The
         folder also carries the code it needs to load with `trust_remote_code=True` where this package is missing, and
-        a model card unless it has one."""
+        a model card unless it has one.
+
+        All ranks call it for a model that FSDP2 has sharded, whoever called that: the weights are gathered and rank 0
+        writes. `ValueError` where they cannot be gathered from here (FSDP1, ZeRO-3), or where `distributed_checkpoint`
+        is asked for a model that was not loaded with a `distributed_config`; nothing is written then."""
+        is_distributed_checkpoint = kwargs.get("distributed_checkpoint", False)
+        if is_distributed_checkpoint and not self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "`distributed_checkpoint=True` needs a model that `from_pretrained(distributed_config=...)` has "
+                "sharded. Leave it out: the weights of any sharded model are gathered."
+            )
+        is_gathered = False
+        if state_dict is None and not self.is_distributed_loading_by_transformers:
+            check_gatherable(self)
+            is_gathered = is_sharded(self)
+            if is_gathered:
+                state_dict = gather_state_dict(self)
         if self._model_class().__module__ == __name__:  # the code of a subclass elsewhere is its author's to map
             self.config.auto_map = dict(AUTO_MAP)
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
-        in_place = push_to_hub or kwargs.get("distributed_checkpoint", False)
-        if in_place or not self.should_save_on_this_rank(is_main_process):
+        is_writer = self.should_save_on_this_rank(is_main_process)
+        if push_to_hub or is_distributed_checkpoint or not is_writer:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            if is_writer:
+                self._write_code(save_directory)
         else:
             with staged_files(save_directory) as staging:
-                if isinstance(self, FSDPModule):
-                    custom_object_save(CoePreTrainedModel, staging)
                 super().save_pretrained(staging, **kwargs)
+                self._write_code(staging)
                 if not (Path(save_directory) / "README.md").exists():
                     self.write_model_card(staging, name=Path(save_directory).resolve().name)
         # The parent's barrier came before the files were in place.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+        if is_gathered:
+            dist.barrier()
+
+    def _write_code(self, folder: str | Path) -> None:
+        """Writes the code of a model that FSDP2 has made a class for, which transformers leaves out of a folder."""
+        if isinstance(self, FSDPModule):
+            custom_object_save(CoePreTrainedModel, folder)
+            custom_object_save(self.config, folder)  # not the module of that name beside the model's
 
     def write_model_card(self, folder: str | Path, **details) -> None:
         """Writes the model card of a folder, or completes it. The installed package puts `model_cards.write` in this
@@ -429,6 +527,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     def _upload_modified_files(self, working_dir: str | Path, repo_id: str, *args, **kwargs):
         # transformers has just put the card of the repository there or, where that has none, an empty form.
         self.write_model_card(working_dir, repo_id=repo_id)
+        self._write_code(working_dir)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 

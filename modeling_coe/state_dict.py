@@ -1,11 +1,16 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""The names that tensors have on disk, for `load_state_dict`: `from_pretrained` converts them by itself."""
+"""State dicts: names on disk, for `load_state_dict`, and the whole tensors of a model that ranks have shared out.
+
+`from_pretrained` converts names by itself.
+"""
 
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 
 # Fused parameter -> the projections it concatenates, under their names in the official layout.
@@ -70,3 +75,29 @@ def rename_iteration_scale(layer: nn.Module, state_dict: dict[str, Any], prefix:
     name = f"{prefix}iteration_scale"
     if name in state_dict:
         state_dict.setdefault(f"{name}.weight", state_dict.pop(name))
+
+
+def check_gatherable(model: nn.Module) -> None:
+    """Raises `ValueError` where the parameters are what FSDP1 or ZeRO-3 leaves of them between calls: only the wrapper
+    around `model` can gather those."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param"):
+            engine = "FSDP1"
+        elif getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
+            engine = "DeepSpeed ZeRO-3"
+        else:
+            continue
+        raise ValueError(
+            f"{engine} has sharded the model, and `{name}` is not whole on any rank. Call `save_pretrained` on every "
+            "rank with `state_dict=accelerator.get_state_dict(wrapped_model)`, or save with `Trainer.save_model`."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are `DTensor`s, of which a rank holds a part: FSDP2 and tensor parallelism."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gather_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a sharded model, whole on the CPU of rank 0 and empty elsewhere. All ranks call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

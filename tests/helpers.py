@@ -113,6 +113,19 @@ def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess
     )
 
 
+def run_isolated(script: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """Runs a program outside the project, which it cannot import, with a folder of its own for remote code."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)],
+        cwd=folder,
+        env={**environment, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def leave_process_group() -> None:
     """Ends a worker of `torchrun`, which must have let go of its `Trainer`: a `DistributedDataParallel` that outlives
     the process group joins the group's thread with the GIL held, and hangs where that thread frees a tensor."""

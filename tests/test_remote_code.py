@@ -1,13 +1,8 @@
 """A saved folder loads where this package is not installed, from the code it carries."""
 
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
 
-from .helpers import WITHOUT_PACKAGE, assert_equal_up_to_rounding, random_ids, tiny_model
+from .helpers import assert_equal_up_to_rounding, random_ids, run_isolated, tiny_model
 
 
 SCRIPT = """
@@ -43,32 +38,13 @@ torch.save(results, again + "/results.pt")
 """
 
 
-@pytest.fixture(scope="module")
-def isolated_environment(tmp_path_factory):
-    """Variables for an interpreter that runs outside the project, with a folder of its own for remote code."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    modules = tmp_path_factory.mktemp("modules")
-    return {**environment, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-
-
-def run_isolated(script, folder, environment, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_folder_is_self_sufficient(tmp_path, isolated_environment):
+def test_folder_is_self_sufficient(tmp_path):
     model = tiny_model(aux_loss_alpha=0.1, first_k_dense_replace=0)
     folder, again = tmp_path / "model", tmp_path / "again"
     model.save_pretrained(folder)
     input_ids = random_ids(2, 7)
     torch.save(input_ids, tmp_path / "inputs.pt")
-    run = run_isolated(SCRIPT, tmp_path, isolated_environment, folder, again, tmp_path / "inputs.pt")
+    run = run_isolated(SCRIPT, tmp_path, folder, again, tmp_path / "inputs.pt")
     assert run.returncode == 0, run.stdout + run.stderr
 
     results = torch.load(again / "results.pt")
@@ -83,12 +59,12 @@ def test_folder_is_self_sufficient(tmp_path, isolated_environment):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_without_trust_the_folder_does_not_run_its_code(tmp_path, isolated_environment):
+def test_without_trust_the_folder_does_not_run_its_code(tmp_path):
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     script = (
         "import sys\nfrom transformers import AutoModelForCausalLM\n"
         "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)"
     )
-    run = run_isolated(script, tmp_path, isolated_environment, folder)
+    run = run_isolated(script, tmp_path, folder)
     assert run.returncode != 0 and "trust_remote_code=True" in run.stderr

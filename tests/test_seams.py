@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
@@ -462,6 +463,19 @@ class TestSaving:
         finally:
             dist.destroy_process_group()
 
+    def test_fsdp1_marks_parameters(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            for marks, use_orig_params in (("_fsdp_flattened", True), ("_is_flat_param", False)):
+                wrapped = FullyShardedDataParallel(
+                    nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+                )
+                assert all(hasattr(parameter, marks) for parameter in wrapped.module.parameters()), (
+                    "parts of weights would be saved under FSDP1 as if they were whole"
+                )
+        finally:
+            dist.destroy_process_group()
+
 
 class TestTraining:
     def test_trainer(self, tmp_path):
@@ -481,6 +495,26 @@ class TestTraining:
         assert watch.entry and watch.entry["loss"] == 1, "routing statistics do not reach `log_history`"
         assert trainer.accelerator.unwrap_model(trainer.model) is model, "cards cannot be written for wrapped models"
         assert callable(trainer.create_model_card), "`model_cards.attach` cannot complete a trainer's card"
+
+    def test_accelerate_tells_the_device(self):
+        state = pytest.importorskip("accelerate.state")
+        assert isinstance(state.PartialState._shared_state, dict) and callable(state.AcceleratorState._reset_state), (
+            "tests cannot let accelerate's FSDP2 run on the CPU"
+        )
+
+    def test_native_plans(self):
+        model = tiny_model()
+        assert model.init_parallel_plans() is None and model._fsdp_plan["lm_head"], (
+            "tied embeddings would be sharded twice by FSDP2, and train wrongly where shards are padded"
+        )
+        assert list(inspect.signature(PreTrainedModel.maybe_distribute_model).parameters) == [
+            *("model", "distributed_config", "mesh_manager")
+        ], "nothing is done before FSDP2 shards a model: routers are cast, tied embeddings train wrongly"
+        if hasattr(PreTrainedModel, "_resolve_parallel_plans"):  # from 5.23 on
+            config = DistributedConfig(fsdp_size=2)
+            assert "lm_head" in tiny_model()._resolve_parallel_plans(config)[-1], (
+                "routers are sharded twice in a model in half precision, which FSDP2 refuses"
+            )
 
     def test_accelerate_replaces_forward(self):
         hooks = pytest.importorskip("accelerate.hooks")
