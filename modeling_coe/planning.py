@@ -194,14 +194,10 @@ def layouts(config: CoeConfig, settings: PlanSettings) -> Iterator[Layout]:
     if devices == 1:
         return
     copies = [1] if devices == in_node else [1, devices // in_node]
-    # With tied embeddings FSDP of transformers trains wrongly.
-    if not config.tie_word_embeddings:
-        yield from (Layout("fsdp", copy, devices // copy) for copy in copies)
+    yield from (Layout("fsdp", copy, devices // copy) for copy in copies)
     is_mixed = settings.dtype == "bfloat16"
     if is_mixed:  # in float32 DeepSpeed has copies of its own
         yield Layout("zero-3", fsdp_size=devices)
-    if config.tie_word_embeddings:
-        return
     for copy in copies:
         fsdp = devices // copy
         sizes = (2**power for power in range(1, fsdp.bit_length()))
@@ -218,11 +214,6 @@ def _chosen_layout(config: CoeConfig, settings: PlanSettings) -> Layout:
         raise InputError(
             f"--devices is {settings.devices}, but --replicate-size {replicate} x --fsdp-size {fsdp} x --tp-size {tp} "
             f"are {replicate * fsdp * tp}. Choose sizes whose product is the number of devices."
-        )
-    if config.tie_word_embeddings and replicate * fsdp > 1:
-        raise InputError(
-            "The model ties its embeddings (`tie_word_embeddings=True`), which FSDP of transformers trains wrongly. "
-            "Untie them, or leave the sizes out for the layouts that remain."
         )
     if ep > 1 and tp > 1:
         raise InputError(f"--ep-size is {ep} and --tp-size {tp}, which are not planned together. Leave one out.")

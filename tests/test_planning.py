@@ -319,8 +319,6 @@ def test_layouts_that_divide():
         assert max(each.ep_size for each in found) == largest
     dense = replace_config(config, n_routed_experts=None)
     assert all(each.ep_size == 1 for each in layouts(dense, settings(devices=8)))
-    tied = replace_config(config, tie_word_embeddings=True)
-    assert {each.engine for each in layouts(tied, settings(devices=8))} == {"ddp", "zero-3"}
     assert [str(each) for each in layouts(config, settings(devices=1))] == ["ddp"]
     (chosen,) = layouts(config, settings(devices=16, replicate_size=2, ep_size=4))
     assert chosen == Layout("fsdp", 2, 8, ep_size=4)
@@ -481,7 +479,6 @@ def test_bad_options_end_in_one_line(options, named, capsys):
         ("{}", "cannot be loaded"),
         ('{"model_type": "llama"}', "is a 'llama' model"),
         ('{"model_type": "coe", "inner_iter": 0}', "`inner_iter` is 0"),
-        ('{"model_type": "coe", "tie_word_embeddings": true}', "`tie_word_embeddings=True`"),
     ],
 )
 def test_bad_configurations_end_in_one_line(content, named, tmp_path):

@@ -9,11 +9,12 @@ import pytest
 
 import conversion.cli
 import modeling_coe.diagnostics.cli
+import modeling_coe.planning
 
 from .helpers import ROOT
 
 
-PAGES = ("README.md", "examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "examples/README.md", "examples/SCALING.md", "benchmarks/README.md", "CONTRIBUTING.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -42,8 +43,10 @@ def test_commands_are_understood(page, words):
         assert re.search(rf"^[\w\- ]*\b{words[1]}\b[\w\- ]*:", makefile, re.MULTILINE)
     elif words[0] == "python" and words[1].startswith("examples/"):
         importlib.import_module(Path(words[1]).stem).parse_settings(words[2:])
-    elif words[0] == "torchrun":
-        script = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+    elif words[0] == "coe-plan":
+        modeling_coe.planning.parse_settings(words[1:])
+    elif words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        script = next(i for i, word in enumerate(words) if re.match(r"examples/\w+\.py", word))
         importlib.import_module(Path(words[script]).stem).parse_settings(words[script + 1 :])
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None

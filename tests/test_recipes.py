@@ -30,13 +30,24 @@ SMALL = {
     "python examples/sft.py": f"{TRAINING} --train-examples 20 --eval-examples 4",
     "python examples/evaluation.py": "--limit 2 --max-new-tokens 4",
     "python examples/routing.py": "",
+    "torchrun --nproc-per-node 2 examples/pretrain.py": f"{TRAINING} --eval-blocks 2",
+    "torchrun --nproc-per-node 2 examples/finetune_lora.py": f"{TRAINING} --eval-blocks 2 --block-size 64",
+    "torchrun --nproc-per-node 4": "--steps 4 --log-steps 4 --eval-steps 1 --eval-blocks 4 --warmup-steps 1",
     "python -c": "",
+    "coe-plan": "",
     "coe-convert runs/": "",
     "coe-routing": "--tokens 200",
     "lm-eval run": "--limit 2 --gen_kwargs max_gen_toks=4",
 }
 # Commands, and names of which Python makes use, that are not run, and why.
+MANY = "examples/pretrain_distributed.py --output-dir runs/many --config examples/shapes/small.json"
+LAUNCH = "accelerate launch --config_file examples/accelerate"
 NOT_RUN = {
+    f"torchrun --nproc-per-node 2 {MANY} --ep-size 2 --steps 200 --eval-steps 50 --save-steps 50 --resume": (
+        "it goes on with a run that was killed; tests/test_pretrain_distributed.py"
+    ),
+    f"{LAUNCH}/ddp.yaml examples/pretrain.py --output-dir runs/ddp": "it needs GPUs; tests/test_several_processes.py",
+    f"{LAUNCH}/fsdp2_sharded.yaml examples/pretrain.py --output-dir runs/fsdp": "likewise",
     "make test": "it runs this test",
     "pip install -e . -c constraints.txt": "it needs the network",
     "pip install -e .[quantization]": "it needs the network",
@@ -121,6 +132,8 @@ def argv(words: list[str]) -> list[str]:
     program, *options = words
     if program == "python":
         return [sys.executable, *options]
+    if program == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
     if program == "lm-eval":
         return [sys.executable, "-c", COMMAND_LINE, *options]
     module, _, function = SCRIPTS[program].partition(":")

@@ -170,12 +170,6 @@ def check_layout(layout: DistributedConfig, config: CoeConfig) -> None:
             f"--ep-size is {layout.ep_size}, which cannot share the {experts} experts of the model "
             "(n_routed_experts). Choose a divisor."
         )
-    # The two names of one parameter get gradients of their own, and from the second step on two values.
-    if layout.dp_size > 1 and config.tie_word_embeddings:
-        raise InputError(
-            "The model ties its embeddings (tie_word_embeddings), which FSDP of transformers trains wrongly. Untie "
-            "them, or use --fsdp-size 1 --replicate-size 1."
-        )
 
 
 def rows_of(rank: int, layout: DistributedConfig, batch_size: int) -> range:
