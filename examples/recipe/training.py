@@ -274,4 +274,5 @@ def whole_model(trainer: Trainer) -> PreTrainedModel | PeftModel:
         model = get_peft_model(model, sharded.active_peft_config)
     if processes().is_main_process:
         model.load_state_dict(state_dict)
+        model.to(trainer.args.device)
     return model
