@@ -287,7 +287,8 @@ class TestIdentity:
     @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
     def test_every_option_of_the_trainer_is_a_setting(self, scale):
         """With the value that the trainer has, the one that its command line would give it: none is a default."""
-        start_and_report = {"output_dir", "resume", "overwrite", "num_problems", "num_samples", "max_new_tokens"}
+        start = {"output_dir", "resume", "overwrite", "micro_batch_size"}
+        start_and_report = start | {"num_problems", "num_samples", "max_new_tokens"}
         for arm in ARMS:
             made = Run(scale, arm, 1e-3, 1)
             settings, options = worker.settings_of(made, "out", "root"), made.options("root")
