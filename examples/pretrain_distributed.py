@@ -77,7 +77,7 @@ from recipe.stream import (
     training_texts,
 )
 from recipe.training import WHOLE_MODEL
-from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -87,8 +87,8 @@ from modeling_coe.command_line import (
     check_not_negative,
     check_positive,
     check_range,
+    load_config,
     loading,
-    option,
     parse,
     setting,
 )
@@ -179,13 +179,9 @@ def read_config(settings: ModelSettings) -> CoeConfig:
     Raises:
         InputError: There is none, or it is not that of a Chain-of-Experts model.
     """
-    name = "model" if settings.config is None else "config"
-    source = getattr(settings, name)
-    with loading(f"{option(name)} {source}", WHOLE_MODEL if name == "model" else "Give a config.json or its folder."):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if not isinstance(config, CoeConfig):
-        raise InputError(f"{option(name)} {source} is a {config.model_type!r} model, not a chain of experts.")
-    return config
+    if settings.config is None:
+        return load_config(settings.model, "--model", WHOLE_MODEL)
+    return load_config(settings.config, "--config", "Give a config.json or its folder.")
 
 
 def choose_tokenizer(settings: ComputedSettings, config: CoeConfig) -> PreTrainedTokenizerBase:

@@ -13,7 +13,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
+
+from .configuration_coe import CoeConfig
 
 
 Settings = TypeVar("Settings")
@@ -109,6 +111,31 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         elif "ignore_mismatched_sizes" in message:  # a report above that nobody has asked for
             message = "its weights have other shapes than its config.json says."
         raise InputError(f"{what} cannot be loaded: {message} {remedy}") from error
+
+
+def load_config(
+    source: str,
+    given_by: str = "CONFIG",
+    remedy: str = "Give a folder with a config.json, such a file, or the Hub name of a CoE model.",
+) -> CoeConfig:
+    """The configuration of a Chain-of-Experts model.
+
+    Args:
+        source (`str`): A folder, a config.json, or a Hub name.
+        given_by (`str`, defaults to `"CONFIG"`): What the user gave it as.
+        remedy (`str`, *optional*): What to give where it cannot be loaded.
+
+    Raises:
+        InputError: It cannot be loaded, or is that of another model.
+    """
+    with loading(f"{given_by} {source}", remedy):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if not isinstance(config, CoeConfig):
+        raise InputError(
+            f"{given_by} {source} is a {config.model_type!r} model, not a chain of experts. Convert it with "
+            "`coe-convert`."
+        )
+    return config
 
 
 def option(name: str) -> str:

@@ -24,9 +24,8 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
-from .command_line import InputError, check_positive, check_range, command, loading, option, parse, setting
+from .command_line import InputError, check_positive, check_range, command, load_config, option, parse, setting
 from .configuration_coe import BACKBONES, CoeConfig
 from .modeling_coe import CoeForCausalLM
 
@@ -133,20 +132,6 @@ def parse_bytes(text: str) -> int:
     if match is None or not float(match[1]):
         raise InputError(f"--memory is {text!r}, which is no size. Give one such as 80G or 80GiB.")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def load_config(source: str) -> CoeConfig:
-    """The configuration of a folder, a file or a Hub name.
-
-    Raises:
-        InputError: It cannot be loaded, or is not of a chain.
-    """
-    remedy = "Give a folder with a config.json, such a file, or the Hub name of a CoE model."
-    with loading(f"CONFIG {source}", remedy):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if not isinstance(config, CoeConfig):
-        raise InputError(f"CONFIG {source} is a {config.model_type!r} model. Give a CoE model.")
-    return config
 
 
 # ---- Layouts --------------------------------------------------------------------------------------------------------

@@ -29,8 +29,6 @@ def say(text: str) -> None:
 def once(act: Callable[[], Result]) -> Result:
     """Has the main process do something when all have come here, and gives all of them what it found."""
     state = processes()
-    if state.num_processes == 1:
-        return act()
     state.wait_for_everyone()
     found = [act() if state.is_main_process else None]
     broadcast_object_list(found)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.callbacks import CpuKernelsCallback
-from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, loading
+from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, load_config, loading
 
 from .corpus import check_data_options
 from .processes import processes
@@ -68,14 +67,7 @@ def given_config(source: str) -> CoeConfig:
     Raises:
         InputError: It cannot be loaded, or is not that of a Chain-of-Experts model.
     """
-    with loading(f"--model {source}", WHOLE_MODEL):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if not isinstance(config, CoeConfig):
-        raise InputError(
-            f"--model {source} is a {config.model_type!r} model, not a chain of experts. Convert it with "
-            "`coe-convert`."
-        )
-    return config
+    return load_config(source, "--model", WHOLE_MODEL)
 
 
 def given_model(source: str, config: CoeConfig) -> CoeForCausalLM:
