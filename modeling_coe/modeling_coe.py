@@ -70,7 +70,7 @@ from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
-from .releases import CACHE, slice_logits_to_keep, takes_cache
+from .releases import CACHE, cache_argument, slice_logits_to_keep, takes_cache
 from .staging import staged_files
 from .state_dict import (
     check_gatherable,
@@ -308,7 +308,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
             position_ids=position_ids,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
-            **{CACHE: cache},
+            **cache_argument(cache),
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
@@ -631,15 +631,18 @@ class CoeModel(CoePreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                **{CACHE: cache},
+                **cache_argument(cache),
                 **kwargs,
             )
         return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _check_cached_latents(self, cache: Cache) -> None:
         """Refuses the keys and values of heads, which PEFT's prefix tuning makes, where attention has latents."""
-        cached, rank = getattr(cache.layers[0], "keys", None) if cache.layers else None, self.config.kv_lora_rank
-        if rank is None or not isinstance(cached, torch.Tensor) or cached.dim() != 4:
+        rank = self.config.kv_lora_rank
+        if rank is None:
+            return
+        cached = getattr(cache.layers[0], "keys", None) if cache.layers else None
+        if not isinstance(cached, torch.Tensor) or cached.dim() != 4:
             return
         if (cached.shape[1], cached.shape[3]) != (1, rank):
             raise ValueError(
@@ -755,7 +758,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=record_routers,
             output_router_indices=record_routers,
-            **{CACHE: cache},
+            **cache_argument(cache),
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
