@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
@@ -697,6 +698,15 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         """Whether the training loss of this model has a balancing term."""
         config = self.config
         return config.num_sparse_layers > 0 and (config.aux_loss_alpha > 0 or config.router_z_loss_coef > 0)
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        # `generate_batch`, `continuous_batching_context_manager` and `transformers serve` all come through here.
+        if BACKBONES[self.config.backbone].has_latent_attention:
+            raise ValueError(
+                f"`backbone={self.config.backbone!r}` has latent attention, which transformers' paged cache does not "
+                "hold. Use `generate` with padded prompts, or `transformers serve` without `--continuous-batching`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
         if enable:
