@@ -40,13 +40,14 @@ def greedy(model: CoeForCausalLM, prompt: list[int]) -> list[int]:
 # ---- Continuous batching --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "backbone, options",
-    [(name, {}) for name in PAGED] + list(WINDOWS.items()),
-    ids=[*PAGED, *(f"{name}, windows" for name in WINDOWS)],
+    "backbone, attention, options",
+    [
+        *((name, "sdpa", {}) for name in PAGED),
+        *((name, attention, WINDOWS[name]) for name in WINDOWS for attention in ("sdpa", "eager")),
+    ],
 )
-def test_continuous_batching_equals_generate(backbone, options, attention):
+def test_continuous_batching_equals_generate(backbone, attention, options):
     model = randomize(tiny_model(backbone=backbone, upcycling="split", num_key_value_heads=2, **options))
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = -1  # every prompt gets all its tokens
