@@ -20,6 +20,11 @@ from configuration_coe import BACKBONES, CoeConfig
 LATENT_HEAD_SIZES = (320, 512, 576)
 # The rotary embeddings whose angles depend on the position alone, which vLLM tabulates as transformers does.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# The modules that adapters can be served for, under the names that PEFT saves them with.
+LORA_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    *("gate_proj", "up_proj", "down_proj", "shared_expert_gate", "embed_tokens", "lm_head"),
+)
 
 
 def caches_latents(config: CoeConfig) -> bool:
@@ -70,6 +75,9 @@ class CoeServingConfig(VerifyAndUpdateConfig):
             raise ValueError(f"vLLM does not serve this Chain-of-Experts model: {problem}")
         # Layers of experts are found by name. Found by counting calls, the second iteration would be the next layer.
         vllm_config.compilation_config.fast_moe_cold_start = False
+        # The experts are left out: vLLM would replace their runner, and refuses adapters of what it has not replaced.
+        if (lora_config := vllm_config.lora_config) is not None and lora_config.target_modules is None:
+            lora_config.target_modules = list(LORA_MODULES)
         model_config, attention_config = vllm_config.model_config, vllm_config.attention_config
         if current_platform.is_cpu() and model_config.use_mla and model_config.dtype != torch.bfloat16:
             # vLLM would take the kernel of AMX wherever the processor has that, which computes in bfloat16 alone.

@@ -12,6 +12,7 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -158,6 +159,18 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
+
+    @property
+    def lora_manager(self) -> LoRAModelManager | None:
+        """What holds the adapters, set by vLLM."""
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: LoRAModelManager) -> None:
+        if self.caches_latents:
+            # Decoding multiplies by what was absorbed of it. vLLM refuses adapters of modules that are not listed.
+            manager.supported_lora_modules.remove("kv_b_proj")
+        self._lora_manager = manager
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Reads the official layout on disk (one tensor per expert and projection) and the fused one.
