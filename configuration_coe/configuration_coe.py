@@ -453,7 +453,14 @@ class CoeConfig(DeepseekV2Config):
         """Number of iterations of layer `layer_idx`: 0 where it is dense, 1 where it is not chained."""
         if not self.is_sparse_layer(layer_idx):
             return 0
-        return self.inner_iter if self.chain_layers is None or layer_idx in self.chain_layers else 1
+        return self.inner_iter if self._is_chained(layer_idx) else 1
+
+    def residual_rule_of(self, layer_idx: int) -> ResidualRule:
+        """Name of the residual rule of sparse layer `layer_idx`: `"prenorm"` where it is not chained."""
+        return self.residual_rule if self._is_chained(layer_idx) else "prenorm"
+
+    def _is_chained(self, layer_idx: int) -> bool:
+        return self.chain_layers is None or layer_idx in self.chain_layers
 
     def experts_per_iteration(self, layer_idx: int) -> int:
         """Number of routed experts that a token uses in each iteration of layer `layer_idx`: 0 where it is dense."""

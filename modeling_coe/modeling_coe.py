@@ -273,7 +273,45 @@ class CoeIterationScale(nn.Module):
         return self.weight[iteration].to(y.dtype) * y
 
 
-class CoeDecoderLayer(GradientCheckpointingLayer):
+class ExpertChain:
+    """The chain of one layer, for decoder layers made of any engine's parts.
+
+    Reads `num_iterations`, `residual_rule`, the modules `post_attention_layernorm` and `mlp` (called as [`CoeMoE`]),
+    and `iteration_scale` where the rule has scales.
+    """
+
+    def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
+        rule = self.residual_rule
+        used_experts = None
+        x = x_0 = self.post_attention_layernorm(hidden_states)
+        with sharing_weights(self.mlp.experts):
+            for iteration in range(self.num_iterations):
+                y, chosen_experts = self.mlp(x, iteration, used_experts)
+                if rule == "split":
+                    used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
+                if rule in ("prenorm", "split"):
+                    hidden_states = hidden_states + y
+                x = self.next_input(x_0, x, y, iteration)
+        if rule in ("prenorm", "split"):
+            return hidden_states
+        if rule == "refine":
+            return hidden_states + y
+        return hidden_states + x if rule in ("outer", "both") else x
+
+    def next_input(self, x_0: torch.Tensor, x: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`x_{t+1}` from the chain's first input, the iteration's input and its output, all (B, S, H)."""
+        if self.residual_rule in ("inner", "both", "prenorm"):
+            return x + y
+        if self.residual_rule == "init":
+            return x_0 + y
+        if self.residual_rule in ("refine", "split"):
+            is_last = iteration == self.num_iterations - 1
+            return x if is_last else x + self.iteration_scale(y, iteration)
+        return y
+
+
+class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
     """Attention, then the chain of experts, or a plain pre-norm MLP where the layer is dense."""
 
     def __init__(self, config: CoeConfig, layer_idx: int):
@@ -281,8 +319,7 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         backbone = BACKBONE_MODULES[config.backbone]
         self.num_iterations = config.num_iterations(layer_idx)
         self.is_sparse = self.num_iterations > 0
-        is_chained = config.chain_layers is None or layer_idx in config.chain_layers
-        self.residual_rule = config.residual_rule if is_chained else "prenorm"
+        self.residual_rule = config.residual_rule_of(layer_idx)
         self.self_attn = backbone.attention(config, layer_idx)
         self.mlp = CoeMoE(config, layer_idx) if self.is_sparse else DeepseekV2MLP(config)
         self.input_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -315,36 +352,6 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         if not self.is_sparse:
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return self.chain(hidden_states)
-
-    def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
-        rule = self.residual_rule
-        used_experts = None
-        x = x_0 = self.post_attention_layernorm(hidden_states)
-        with sharing_weights(self.mlp.experts):
-            for iteration in range(self.num_iterations):
-                y, chosen_experts = self.mlp(x, iteration, used_experts)
-                if rule == "split":
-                    used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
-                if rule in ("prenorm", "split"):
-                    hidden_states = hidden_states + y
-                x = self.next_input(x_0, x, y, iteration)
-        if rule in ("prenorm", "split"):
-            return hidden_states
-        if rule == "refine":
-            return hidden_states + y
-        return hidden_states + x if rule in ("outer", "both") else x
-
-    def next_input(self, x_0: torch.Tensor, x: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
-        """`x_{t+1}` from the chain's first input, the iteration's input and its output, all (B, S, H)."""
-        if self.residual_rule in ("inner", "both", "prenorm"):
-            return x + y
-        if self.residual_rule == "init":
-            return x_0 + y
-        if self.residual_rule in ("refine", "split"):
-            is_last = iteration == self.num_iterations - 1
-            return x if is_last else x + self.iteration_scale(y, iteration)
-        return y
 
 
 # What a saved folder needs to load where this package is not installed.
