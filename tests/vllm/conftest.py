@@ -1,0 +1,29 @@
+"""What tests with vLLM share. They skip where it is not installed."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ..helpers import byte_tokenizer, tiny_model
+
+
+# On a CPU: threads are those of the environment, and caches are small. Read when an engine starts.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs_vllm():
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
+def chain_folder(tmp_path_factory) -> Path:
+    """A chain of two iterations with random weights, and a tokenizer of characters."""
+    folder = tmp_path_factory.mktemp("chain")
+    tiny_model(inner_iter=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
