@@ -100,5 +100,5 @@ def differences(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if vllm_config.parallel_config.enable_eplb:
         yield "`enable_eplb` is True, which counts one call of a layer's experts. Leave it out."
-    if vllm_config.model_config.enable_return_routed_experts:
+    if vllm_config.aux_output_config.enable_return_routed_experts:
         yield "`enable_return_routed_experts` is True, which keeps one call of a layer's experts. Leave it out."
