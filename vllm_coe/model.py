@@ -4,7 +4,6 @@
 Shapes: T tokens of all sequences together, H hidden.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -169,6 +168,8 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         def named() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in weights:
+                if name.endswith(".iteration_scale"):  # on disk; here it is a module, as in transformers
+                    name = f"{name}.weight"
                 names.append(name)
                 yield name, weight
 
@@ -189,13 +190,7 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
                 ".self_attn.q_a_proj": (".self_attn.fused_qkv_a_proj", 0),
                 ".self_attn.kv_a_proj_with_mqa": (".self_attn.fused_qkv_a_proj", 1),
             }
-        return WeightsMapper(
-            orig_to_new_regex={
-                re.compile(r"\.mlp\.experts\."): ".mlp.runner.",
-                re.compile(r"\.iteration_scale$"): ".iteration_scale.weight",
-            },
-            orig_to_new_stacked=stacked,
-        )
+        return WeightsMapper(orig_to_new_substr={".mlp.experts.": ".mlp.runner."}, orig_to_new_stacked=stacked)
 
     def _names_elsewhere(self, names: list[str]) -> Iterator[str]:
         """Names of the experts that other ranks compute, which vLLM does not read here: as those computed here."""
