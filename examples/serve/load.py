@@ -21,7 +21,6 @@ server up. The output folder holds
 Tokens are those that the server counts. `transformers-cb` is `transformers serve --continuous-batching`.
 """
 
-import asyncio
 import datetime
 import importlib.metadata
 import json
@@ -29,16 +28,19 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection, HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # of `serve` and `recipe`
 sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # of `benchmarks`
 
-import httpx
 import psutil
 import torch
 from matplotlib.figure import Figure
@@ -141,7 +143,7 @@ class Answer(NamedTuple):
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
 
-async def ask(client: httpx.AsyncClient, prompt: str, settings: LoadSettings) -> Answer:
+def ask(url: str, prompt: str, settings: LoadSettings) -> Answer:
     """Asks for one answer. Events are read by hand: the client should take little of the processor that it may share
     with the server.
 
@@ -156,25 +158,26 @@ async def ask(client: httpx.AsyncClient, prompt: str, settings: LoadSettings) ->
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    body, headers = json.dumps(request).encode(), {"Content-Type": "application/json"}
     texts, usage, moments = [], None, []
     asked = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/completions", json=request) as response:
-            if response.status_code != 200:
-                raise InputError(
-                    f"The server refuses with {response.status_code}: {(await response.aread()).decode()}"
-                )
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+        with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
+            connection.request("POST", "/v1/completions", body, headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise InputError(f"The server refuses with {response.status}: {response.read().decode()}")
+            for line in response:
+                if not line.startswith(b"data: {"):
                     continue
-                event = json.loads(line.removeprefix("data: "))
+                event = json.loads(line.removeprefix(b"data: "))
                 if "error" in event:
                     raise InputError(f"The server breaks off: {event['error']}")
                 usage = event.get("usage") or usage
                 if text := "".join(choice["text"] for choice in event["choices"]):
                     texts.append(text)
                     moments.append(time.perf_counter())
-    except httpx.HTTPError as error:
+    except (OSError, HTTPException) as error:
         raise InputError(f"The server breaks off: {type(error).__name__}: {one_line(error)}") from error
     if usage is None:
         raise InputError("The server breaks off: an answer ended without a count of its tokens.")
@@ -183,26 +186,16 @@ async def ask(client: httpx.AsyncClient, prompt: str, settings: LoadSettings) ->
     return Answer("".join(texts), usage["prompt_tokens"], tokens, asked, moments[0], moments[-1])
 
 
-async def ask_all(
-    url: str, prompts: Sequence[str], clients: int, settings: LoadSettings, progress: tqdm
-) -> list[Answer]:
-    """Has clients ask for the answers to all prompts, each for one at a time."""
-    answers: list[Answer | None] = [None] * len(prompts)
-    left = iter(enumerate(prompts))
+def ask_all(url: str, prompts: Sequence[str], clients: int, settings: LoadSettings, progress: tqdm) -> list[Answer]:
+    """Has clients, a thread each, ask for the answers to all prompts, each for one at a time."""
 
-    async def work(client: httpx.AsyncClient) -> None:
-        for index, prompt in left:
-            answers[index] = await ask(client, prompt, settings)
-            progress.update()
+    def work(prompt: str) -> Answer:
+        answer = ask(url, prompt, settings)
+        progress.update()
+        return answer
 
-    limits = httpx.Limits(max_connections=clients)
-    async with (
-        httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client,
-        asyncio.TaskGroup() as group,
-    ):
-        for _ in range(clients):
-            group.create_task(work(client))
-    return answers
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(work, prompts))
 
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
@@ -240,7 +233,7 @@ def cpu_seconds(pid: int) -> dict[int, float]:
 def measure_load(server: Server, prompts: Sequence[str], clients: int, settings: LoadSettings, progress: tqdm) -> dict:
     """The figures of one load, and all of its requests."""
     before, start = cpu_seconds(server.pid), time.perf_counter()
-    answers = asyncio.run(ask_all(server.url, prompts, clients, settings, progress))
+    answers = ask_all(server.url, prompts, clients, settings, progress)
     wall = time.perf_counter() - start
     cpu = sum(seconds - before.get(pid, 0) for pid, seconds in cpu_seconds(server.pid).items())
     tokens = sum(answer.tokens for answer in answers)
@@ -274,7 +267,7 @@ def measure_engine(engine: str, prompts: list[list[str]], warm_up: list[list[str
         tqdm(total=total, desc=engine, unit="answer", disable=None) as progress,
     ):
         for clients, warming, measured in zip(settings.clients, warm_up, prompts, strict=True):
-            asyncio.run(ask_all(server.url, warming, clients, settings, progress))
+            ask_all(server.url, warming, clients, settings, progress)
             loads.append(measure_load(server, measured, clients, settings, progress))
     # The port is another one in every run.
     return {
@@ -420,9 +413,9 @@ def measure(settings: LoadSettings) -> dict[str, Any]:
     for engine in settings.engines:
         try:
             results["engines"].append(measure_engine(engine, prompts[:loads], prompts[loads:], settings))
-        except* InputError as errors:  # one engine takes no other with it
-            results["skipped"][engine] = one_line(errors.exceptions[0])
-            print(f"{engine}: {errors.exceptions[0]}", flush=True)
+        except InputError as error:  # one engine takes no other with it
+            results["skipped"][engine] = one_line(error)
+            print(f"{engine}: {error}", flush=True)
     if not results["engines"]:
         raise InputError(f"--engines {' '.join(settings.engines)}: none could be measured, see above.")
     write_json(settings.output_dir / "results.json", results)

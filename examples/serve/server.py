@@ -10,12 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-
-import httpx
+from urllib.parse import urlsplit
 
 from modeling_coe.command_line import InputError
 
@@ -30,7 +30,8 @@ ENGINES = {
 }
 # What has to be installed for it.
 NEEDS = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
-LOG_LINES = 20  # of a server that failed
+PATIENCE = 15  # seconds that it may take to end
+LOG_LINES = 100  # of a server that failed: in vLLM, a process of its own writes the cause before others give up
 
 
 class Server(NamedTuple):
@@ -127,6 +128,16 @@ def terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def is_healthy(url: str) -> bool:
+    """Whether `/health` answers with 200."""
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):  # it does not listen yet
+            return False
+
+
 def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float, log: Path) -> None:
     """Returns when `/health` answers with 200.
 
@@ -139,22 +150,19 @@ def wait_until_healthy(process: subprocess.Popen, url: str, timeout: float, log:
         if (status := process.poll()) is not None:
             why = f"ended with exit status {status} before it was healthy"
             break
-        try:
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:  # it does not listen yet
-            pass
+        if is_healthy(url):
+            return
         time.sleep(0.2)
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
     raise InputError(f"The server {why}: {shlex.join(process.args)}\nThe end of its log:\n{tail}")
 
 
-def stop(process: subprocess.Popen, patience: float = 15) -> None:
-    """Asks a server to end, and kills what is left of its process group after `patience` seconds."""
+def stop(process: subprocess.Popen) -> None:
+    """Asks a server to end, and kills what is left of its process group."""
     process.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(PATIENCE)
     finally:
         with suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
