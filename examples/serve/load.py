@@ -44,7 +44,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # of `benchmarks`
 import psutil
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
 from recipe.arithmetic import Problems
 from recipe.run_folder import write_json
 from tqdm import tqdm
@@ -64,7 +64,7 @@ from modeling_coe.command_line import (
     parse,
     setting,
 )
-from serve.server import ENGINES, Server, check_engine, engine_command, family, serving
+from serve.server import ENGINES, Server, check_engine, family, serving
 
 
 BASELINE = "transformers"  # what the others are compared with, where it is among the engines
@@ -269,12 +269,7 @@ def measure_engine(engine: str, prompts: list[list[str]], warm_up: list[list[str
         for clients, warming, measured in zip(settings.clients, warm_up, prompts, strict=True):
             ask_all(server.url, warming, clients, settings, progress)
             loads.append(measure_load(server, measured, clients, settings, progress))
-    # The port is another one in every run.
-    return {
-        "engine": engine,
-        "command": engine_command(engine, settings.model, 0, engine_options(engine, settings))[1:],
-        "loads": loads,
-    }
+    return {"engine": engine, "options": engine_options(engine, settings), "loads": loads}
 
 
 def describe(settings: LoadSettings) -> dict[str, Any]:
@@ -361,8 +356,8 @@ def markdown(results: dict[str, Any]) -> str:
         *table(header, rows(results)),
         "",
     ]
-    lines += [f"- `{each['engine']}`: `{' '.join(each['command'][1:])}`" for each in results["engines"]]
-    lines += [f"- not measured: `{engine}`. {why}" for engine, why in results["skipped"].items()]
+    lines += [f"- {each['engine']}: `{each['options']}`" for each in results["engines"] if each["options"]]
+    lines += [f"- {engine} was not measured: {why}" for engine, why in results["skipped"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -386,6 +381,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.set_xticks(results["settings"]["clients"])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.suptitle(f"{results['settings']['model']}, {results['machine']['device']}")
