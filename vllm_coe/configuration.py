@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -10,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.utils.math_utils import round_up
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from configuration_coe import BACKBONES, CoeConfig
 
@@ -68,6 +70,10 @@ class CoeServingConfig(VerifyAndUpdateConfig):
             raise ValueError(f"vLLM does not serve this Chain-of-Experts model: {problem}")
         # Layers of experts are found by name. Found by counting calls, the second iteration would be the next layer.
         vllm_config.compilation_config.fast_moe_cold_start = False
+        model_config, attention_config = vllm_config.model_config, vllm_config.attention_config
+        if current_platform.is_cpu() and model_config.use_mla and model_config.dtype != torch.bfloat16:
+            # vLLM would take the kernel of AMX wherever the processor has that, which computes in bfloat16 alone.
+            attention_config.backend = AttentionBackendEnum.CPU_MLA
 
 
 def differences(vllm_config: VllmConfig) -> Iterator[str]:

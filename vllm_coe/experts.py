@@ -74,6 +74,9 @@ class CoeMoE(nn.Module):
             else CoeRouter(config, layer_idx)
         )
         self.shares_once = config.upcycling == "split"
+        # The runner computes shared experts beside the routed ones, in every call, and sums over the ranks. It takes
+        # none with a bias, which each rank would add.
+        self.shares_inside = not self.shares_once and not config.mlp_bias
         self.shared_experts = None
         if config.shared_expert_width:
             if BACKBONES[config.backbone].gates_shared_experts:
@@ -86,8 +89,7 @@ class CoeMoE(nn.Module):
                 config.hidden_act,
                 quant_config=quant_config,
                 bias=config.mlp_bias,
-                # The runner sums over the ranks what it computes together with the routed experts.
-                reduce_results=self.shares_once,
+                reduce_results=not self.shares_inside,
                 gate=getattr(self, "shared_expert_gate", None),
                 prefix=f"{prefix}.shared_experts",
             )
@@ -103,7 +105,7 @@ class CoeMoE(nn.Module):
                 intermediate_size=config.moe_intermediate_size,
                 router=HandedOverRouter(top_k, config.n_routed_experts),
                 router_logits_dtype=torch.float32,
-                shared_experts=None if self.shares_once else self.shared_experts,
+                shared_experts=self.shared_experts if self.shares_inside else None,
                 quant_config=quant_config,
                 prefix=f"{prefix}.experts",
             )
@@ -120,6 +122,7 @@ class CoeMoE(nn.Module):
         _, top_k_weights, top_k_index = router(hidden_states, used_experts)
         # A copy, since the runner may write to its input, which the chain has not done with.
         output = self.runner(hidden_states.clone(), HandedOverRouter.hand_over(top_k_weights, top_k_index))
-        if self.shares_once and self.shared_experts is not None and iteration == 0:
+        is_shared = self.shared_experts is not None and not (self.shares_once and iteration > 0)
+        if is_shared and not self.shares_inside:
             output = output + self.shared_experts(hidden_states)
         return output, top_k_index

@@ -9,9 +9,11 @@ import pytest
 from ..helpers import byte_tokenizer, tiny_model
 
 
-# On a CPU: threads are those of the environment, and caches are small. Read when an engine starts.
+# Read when an engine starts. On a CPU threads are those of the environment, caches are small, and the engine runs in
+# the tests' own process unless a test asks for several.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +29,10 @@ def chain_folder(tmp_path_factory) -> Path:
     tiny_model(inner_iter=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # vLLM looks at all that the imported modules hold, deprecated names of torch among it.
+            item.add_marker(pytest.mark.filterwarnings("ignore::FutureWarning"))

@@ -1,0 +1,141 @@
+"""Greedy tokens of vLLM, batched, against those of transformers, one prompt at a time, in float32."""
+
+import pytest
+
+from .helpers import (
+    NEW_TOKENS,
+    assert_same_generations,
+    build_model,
+    build_prompts,
+    count,
+    engine,
+    generate,
+    serve,
+)
+
+
+MODELS = {
+    "inner": {"inner_iter": 3, "first_k_dense_replace": 1},
+    "outer, one router": {"outer_residual": True, "inner_residual": False, "use_igate": False},
+    "both, q_lora, biases": {"outer_residual": True, "q_lora_rank": 24, "attention_bias": True, "mlp_bias": True},
+    "init, tied, other eps": {
+        "init_residual": True,
+        "inner_residual": False,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-3,
+    },
+    "none, no shared expert": {"inner_residual": False, "n_shared_experts": 0},
+    "latents, yarn": {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+        },
+    },
+    "deepseek_v3, groups": {
+        "backbone": "deepseek_v3",
+        "prenorm_residual": True,
+        "chain_layers": [1],
+        "q_lora_rank": 24,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "deepseek_v3, halves": {
+        "backbone": "deepseek_v3",
+        "rope_interleave": False,
+        "topk_method": "group_limited_greedy",
+    },
+    "qwen2_moe, split": {
+        "backbone": "qwen2_moe",
+        "upcycling": "split",
+        "norm_topk_prob": True,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "qwen2_moe, no bias": {"backbone": "qwen2_moe", "qkv_bias": False, "prenorm_residual": True},
+    "qwen3_moe": {"backbone": "qwen3_moe", "upcycling": "refine", "sliding_window": 24, "norm_topk_prob": True},
+    "olmoe": {"backbone": "olmoe", "num_attention_heads": 2, "rms_norm_eps": 1e-3, "prenorm_residual": True},
+    "mixtral": {"backbone": "mixtral", "upcycling": "split", "sliding_window": 24, "n_shared_experts": 0},
+    "llama": {
+        "backbone": "llama",
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3": {
+        "backbone": "qwen3",
+        "head_dim": 64,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "dense": {"backbone": "qwen3", "n_routed_experts": None},
+}
+# A prefill of at most 32 tokens a step, blocks that hold fewer tokens than eight sequences need, and blocks kept for
+# the prefix that the prompts have in common.
+CROWDED = {
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 32,
+    "max_num_seqs": 8,
+    "max_model_len": 192,
+    "block_size": 32,
+    "num_gpu_blocks_override": 14,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return build_model(**MODELS[request.param])
+
+
+def test_tokens_equal_those_of_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    prompts = build_prompts()
+    expected = generate(model, prompts)
+    with engine(tmp_path) as llm:
+        assert_same_generations(serve(llm, prompts), expected)
+
+
+def test_tokens_do_not_depend_on_chunks_prefixes_and_preemption(model, tmp_path):
+    model.save_pretrained(tmp_path, save_original_format=False)  # the fused layout
+    prompts = build_prompts(prefix=40)
+    expected = generate(model, prompts)
+    with engine(tmp_path, **CROWDED) as llm:
+        first, again = serve(llm, prompts), serve(llm, prompts)
+        assert count(llm, "num_preemptions") > 0
+        assert count(llm, "prefix_cache_hits") > 0
+    assert_same_generations(first, expected)
+    assert_same_generations(again, expected)
+    assert all(len(tokens) == NEW_TOKENS for tokens, _ in first)
+
+
+def test_compiled_models_generate_the_same(tmp_path):
+    model = build_model(**MODELS["qwen2_moe, split"])
+    model.save_pretrained(tmp_path)
+    prompts = build_prompts()
+    with engine(tmp_path, enforce_eager=False) as llm:
+        assert_same_generations(serve(llm, prompts), generate(model, prompts))
