@@ -194,3 +194,59 @@ def test_prompts_are_different():
     assert len(set(prompts)) == len(prompts)
     assert [prompt.count("####") for prompt in prompts] == [0, 1, 2, 3] * 16
     assert all(prompt.endswith("?\n") for prompt in prompts)
+
+
+# ---- Input that does not work ---------------------------------------------------------------------------------------
+
+# By script: what is wrong, and words of its message: the name, its value, the remedy.
+WRONG = {
+    ask: [
+        ("--max-tokens 0", "--max-tokens is 0", "1 or more"),
+        ("--temperature -1", "--temperature is -1.0", "0 or more"),
+        ("--timeout 0", "--timeout is 0.0", "more than 0"),
+        ("--engine other", "--engine", "'other'", "choose from"),
+        ("--url http://127.0.0.1:1 --engine-args=--x", "--engine-args --x", "Leave it out"),
+        ("--model nowhere", "--model nowhere cannot be loaded", "Give a folder"),
+    ],
+    load: [
+        ("--requests 0", "--requests is 0", "1 or more"),
+        ("--max-tokens 0", "--max-tokens is 0", "1 or more"),
+        ("--shots -1", "--shots is -1", "0 or more"),
+        ("--timeout nan", "--timeout is nan", "more than 0"),
+        ("--clients 0", "--clients 0", "1 or more"),
+        ("--clients 33", "--clients 33", "--requests 32"),
+        ("--clients 4 4", "--clients", "[4, 4]", "Leave one out"),
+        ("--engines vllm vllm", "--engines", "Leave one out"),
+        ("--output-dir file/out", "--output-dir", "file is a file", "Choose another folder"),
+        ("--model nowhere", "--model nowhere cannot be loaded", "Give a folder"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "words"),
+    [(script, wrong, words) for script, cases in WRONG.items() for wrong, *words in cases],
+    ids=[f"{script.__name__} {wrong}" for script, cases in WRONG.items() for wrong, *_ in cases],
+)
+def test_one_line_that_names_it(folder, tmp_path, monkeypatch, script, wrong, words):
+    """Nothing is left behind."""
+    if "nowhere" in wrong and not find_spec("fastapi"):
+        pytest.skip("`transformers serve` needs fastapi")
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    right = "--prompt x --engine transformers" if script is ask else "--output-dir out --engines transformers"
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--model", str(folder), *right.split(), *wrong.split()])
+    message = exit_info.value.code  # a text is printed, and the exit code is 1
+    assert message.startswith("error: ") and "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("script, option", [(ask, "--engine"), (load, "--engines")])
+def test_what_an_engine_needs(folder, tmp_path, monkeypatch, script, option):
+    """Told before anything starts."""
+    monkeypatch.setattr("serve.server.find_spec", lambda package: None if package == "vllm" else package)
+    required = ["--prompt", "x"] if script is ask else ["--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=f"error: {option} vllm needs vllm, which is not installed"):
+        script.main(["--model", str(folder), *required, option, "vllm"])

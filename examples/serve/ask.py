@@ -20,7 +20,7 @@ from typing import ClassVar
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # of `serve` and `recipe`
 
 from modeling_coe.command_line import InputError, check_positive, check_range, command, one_line, parse, setting
-from serve.server import ENGINES, Server, check_engine, check_installed, serving
+from serve.server import ENGINES, Server, check_engine, check_installed, check_model, serving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ def parse_settings(argv: list[str] | None = None) -> AskSettings:
     check_range(settings, "temperature", 0)
     check_range(settings, "timeout", 0, exclusive=True)
     if settings.url is not None and settings.engine_args:
-        raise InputError(f"--engine-args {settings.engine_args} says nothing of a server that runs already. Leave it.")
+        raise InputError(
+            f"--engine-args {settings.engine_args} says nothing of a server that runs already. Leave it out."
+        )
     return settings
 
 
@@ -80,6 +82,7 @@ def ask(settings: AskSettings) -> None:
     check_installed("openai", "The client")
     if settings.url is None:
         check_engine(settings.engine)
+        check_model(settings.model)
         server = serving(settings.engine, settings.model, settings.engine_args, settings.timeout)
     else:
         server = nullcontext(Server(settings.url.rstrip("/"), pid=0))

@@ -64,7 +64,7 @@ from modeling_coe.command_line import (
     parse,
     setting,
 )
-from serve.server import ENGINES, Server, check_engine, family, serving
+from serve.server import ENGINES, Server, check_engine, check_model, family, serving
 
 
 BASELINE = "transformers"  # what the others are compared with, where it is among the engines
@@ -398,6 +398,7 @@ def measure(settings: LoadSettings) -> dict[str, Any]:
     """
     for engine in settings.engines:
         check_engine(engine, "--engines")
+    check_model(settings.model)
     make_folder("output_dir", settings.output_dir)
     loads = len(settings.clients)
     prompts = make_prompts(settings.seed, 2 * loads, settings.requests, settings.shots)

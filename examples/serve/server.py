@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from modeling_coe.command_line import InputError
+from transformers import AutoConfig
+
+from modeling_coe.command_line import InputError, loading
 
 
 # What starts an engine; the model, the port and the user's options come behind. `transformers serve` knows the model
@@ -61,6 +63,12 @@ def check_engine(engine: str, given_by: str = "--engine") -> None:
     """Raises [`InputError`] where what an engine needs is not installed."""
     for package in NEEDS[family(engine)]:
         check_installed(package, f"{given_by} {engine}")
+
+
+def check_model(model: str) -> None:
+    """Raises [`InputError`] where a model's configuration cannot be loaded."""
+    with loading(f"--model {model}", "Give a folder or the Hub name of a causal language model with its tokenizer."):
+        AutoConfig.from_pretrained(model)
 
 
 def free_port() -> int:
