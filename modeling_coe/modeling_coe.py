@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
@@ -70,7 +71,7 @@ from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
-from .releases import CACHE, slice_logits_to_keep, takes_cache
+from .releases import CACHE, cache_argument, slice_logits_to_keep, takes_cache
 from .staging import staged_files
 from .state_dict import (
     check_gatherable,
@@ -345,7 +346,7 @@ class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
             position_ids=position_ids,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
-            **{CACHE: cache},
+            **cache_argument(cache),
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
@@ -638,15 +639,18 @@ class CoeModel(CoePreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                **{CACHE: cache},
+                **cache_argument(cache),
                 **kwargs,
             )
         return CoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _check_cached_latents(self, cache: Cache) -> None:
         """Refuses the keys and values of heads, which PEFT's prefix tuning makes, where attention has latents."""
-        cached, rank = getattr(cache.layers[0], "keys", None) if cache.layers else None, self.config.kv_lora_rank
-        if rank is None or not isinstance(cached, torch.Tensor) or cached.dim() != 4:
+        rank = self.config.kv_lora_rank
+        if rank is None:
+            return
+        cached = getattr(cache.layers[0], "keys", None) if cache.layers else None
+        if not isinstance(cached, torch.Tensor) or cached.dim() != 4:
             return
         if (cached.shape[1], cached.shape[3]) != (1, rank):
             raise ValueError(
@@ -701,6 +705,15 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         """Whether the training loss of this model has a balancing term."""
         config = self.config
         return config.num_sparse_layers > 0 and (config.aux_loss_alpha > 0 or config.router_z_loss_coef > 0)
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        # `generate_batch`, `continuous_batching_context_manager` and `transformers serve` all come through here.
+        if BACKBONES[self.config.backbone].has_latent_attention:
+            raise ValueError(
+                f"`backbone={self.config.backbone!r}` has latent attention, which transformers' paged cache does not "
+                "hold. Use `generate` with padded prompts, or `transformers serve` without `--continuous-batching`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
         if enable:
@@ -762,7 +775,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=record_routers,
             output_router_indices=record_routers,
-            **{CACHE: cache},
+            **cache_argument(cache),
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)

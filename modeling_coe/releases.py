@@ -8,6 +8,8 @@ from dataclasses import fields
 
 import torch
 from transformers import modeling_utils
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -39,6 +41,12 @@ def _takes_cache(forward: Callable) -> Callable:
 # Decorates a `forward` that is written with an argument `cache`: it can be called by either name in every release, and
 # its signature shows that of this one. The older name is deprecated from 5.24 on, as in transformers' own models.
 takes_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if CACHE == "cache" else _takes_cache
+
+
+def cache_argument(cache: Cache | PagedAttentionCache | None) -> dict[str, Cache | PagedAttentionCache | None]:
+    """The key-value cache as the keyword argument of transformers' attention. The paged one of continuous batching is
+    `cache` in every release: before 5.24, attention hands it to the kernel under that name."""
+    return {"cache" if isinstance(cache, PagedAttentionCache) else CACHE: cache}
 
 
 def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

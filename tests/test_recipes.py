@@ -59,6 +59,10 @@ NOT_RUN = {
     "make test": "it runs this test",
     "pip install -e . -c constraints.txt": "it needs the network",
     "pip install -e .[quantization]": "it needs the network",
+    "pip install transformers[serving] -c constraints.txt": "it needs the network",
+    "python -c import modeling_coe; from transformers.cli.transformers import main; main() serve runs/sft/model": (
+        "it does not end; tests/test_serving.py"
+    ),
     "hf upload NAME/coe-demo runs/demo/model": "it needs the network",
     "coe-convert SOURCE OUT --mode split --iterations 2": "not names of folders; `runs/deepseek_v2` is converted",
     "int8_weight_only": "it needs torchao, which the tests' environment leaves out; tests/test_quantization.py",

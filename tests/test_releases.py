@@ -9,12 +9,13 @@ import warnings
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, DynamicCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import logging
 
 from modeling_coe import CoeForCausalLM, CoeForSequenceClassification, CoeModel
 from modeling_coe.attention import CoeAttention
 from modeling_coe.modeling_coe import CoeDecoderLayer
-from modeling_coe.releases import CACHE
+from modeling_coe.releases import CACHE, cache_argument
 
 from .helpers import ROOT, random_ids, tiny_config, tiny_model
 
@@ -93,6 +94,11 @@ def test_two_caches_are_refused():
     caches = {"cache": DynamicCache(config=model.config), "past_key_values": DynamicCache(config=model.config)}
     with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
         model(random_ids(1, 3), **caches)
+
+
+def test_the_paged_cache_has_one_name_in_all_releases():
+    cache, paged = DynamicCache(), PagedAttentionCache.__new__(PagedAttentionCache)
+    assert cache_argument(cache) == {CACHE: cache} and cache_argument(paged) == {"cache": paged}
 
 
 def test_generation_is_quiet(no_warnings):

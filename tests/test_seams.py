@@ -34,6 +34,7 @@ from transformers.core_model_loading import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
@@ -48,6 +49,7 @@ from model_cards import cards
 from modeling_coe import CoeForCausalLM, CoeModel
 from modeling_coe.attention import CoeAttention
 from modeling_coe.modeling_coe import CoeExperts, CoePreTrainedModel, CoeRouter
+from modeling_coe.releases import CACHE
 
 from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
 
@@ -373,6 +375,20 @@ class TestModels:
             "`CoeAttention` cannot tell which attention to compute"
         )
         assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", max) is max, "eager attention is not the model's own"
+
+    def test_continuous_batching(self):
+        entries = {name for name in vars(ContinuousMixin) if not is_private(name) and not name.startswith("__")}
+        assert entries == {
+            "init_continuous_batching",
+            "destroy_cached_continuous_batching_manager",
+            "continuous_batching_context_manager",
+            "generate_batch",
+        }, "another way into continuous batching may not refuse latent attention"
+        if CACHE != "cache":
+            for name in ("sdpa", "flash_attention_2"):
+                assert "cache" in inspect.signature(ALL_ATTENTION_FUNCTIONS[name]).parameters, (
+                    "attention does not find the paged cache of continuous batching"
+                )
 
     def test_parts_of_deepseek_v2(self):
         config = tiny_config(q_lora_rank=12)

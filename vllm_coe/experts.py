@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
+from vllm.platforms import current_platform
 
 from configuration_coe import BACKBONES, CoeConfig
 from modeling_coe.modeling_coe import CoeRouter
@@ -120,8 +121,13 @@ class CoeMoE(nn.Module):
         """As `modeling_coe`'s `CoeMoE`, for hidden states (T, H)."""
         router = self.gate[iteration] if self.use_igate else self.gate
         _, top_k_weights, top_k_index = router(hidden_states, used_experts)
+        weights, experts = top_k_weights, top_k_index
+        if (expert_map := self.runner.expert_map) is not None and current_platform.is_cpu():
+            # The other kernels leave out the experts of other ranks; vLLM's CPU kernel takes all ids for its own.
+            experts = expert_map[top_k_index]
+            weights, experts = weights.masked_fill(experts < 0, 0.0), experts.clamp(min=0)
         # A copy, since the runner may write to its input, which the chain has not done with.
-        output = self.runner(hidden_states.clone(), HandedOverRouter.hand_over(top_k_weights, top_k_index))
+        output = self.runner(hidden_states.clone(), HandedOverRouter.hand_over(weights, experts))
         is_shared = self.shared_experts is not None and not (self.shares_once and iteration > 0)
         if is_shared and not self.shares_inside:
             output = output + self.shared_experts(hidden_states)
