@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from configuration_coe import BACKBONES, CoeConfig
+from modeling_coe import CoeForCausalLM as CoeForCausalLMOfTransformers
 from modeling_coe.checkpoint import check_chain_keys
 from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain
 
@@ -175,6 +176,7 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         loaded = AutoWeightsLoader(self).load_weights(named(), mapper=self._weights_mapper())
         check_chain_keys([*names, *self._names_elsewhere(names)], self.config)
+        self._check_other_keys(names)
         return loaded
 
     def _weights_mapper(self) -> WeightsMapper:
@@ -191,6 +193,21 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
                 ".self_attn.kv_a_proj_with_mqa": (".self_attn.fused_qkv_a_proj", 1),
             }
         return WeightsMapper(orig_to_new_substr={".mlp.experts.": ".mlp.runner."}, orig_to_new_stacked=stacked)
+
+    def _check_other_keys(self, names: list[str]) -> None:
+        """Compares names of weights outside the chain with those of transformers' model: vLLM itself misses no weight
+        of a linear layer, and drops a bias that the configuration does not have."""
+        with torch.device("meta"):
+            model = CoeForCausalLMOfTransformers(self.config)
+        expected = set(model.state_dict())
+        missing = {name for name in expected - set(names) if ".mlp.experts." not in name}
+        if self.config.tie_word_embeddings:
+            missing.discard("lm_head.weight")
+        dropped = {name for name in set(names) - expected if name.endswith(".bias")}
+        for problem, wrong in (("lacks", missing), ("has, beyond the model's,", dropped)):
+            if wrong:
+                shown = ", ".join(sorted(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+                raise ValueError(f"The checkpoint {problem} {shown}. Correct it or its configuration.")
 
     def _names_elsewhere(self, names: list[str]) -> Iterator[str]:
         """Names of the experts that other ranks compute, which vLLM does not read here: as those computed here."""
