@@ -11,7 +11,6 @@ import pytest
 import setuptools  # noqa: F401  torch's compiler imports it, which fails after somebody has imported distutils
 import torch
 from recipe import openmp  # noqa: F401  the examples' own, before torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -21,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import modeling_coe  # noqa: F401  registers the Auto classes
+
+from .helpers import byte_tokenizer
 
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "reference"
@@ -45,13 +46,7 @@ def own_compiler_cache(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte-level character."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {character: 3 + i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:96])}
-    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return byte_tokenizer()
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
@@ -71,6 +73,16 @@ def tiny_model(seed: int = 0, **overrides) -> CoeForCausalLM:
 def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     """Token ids without the special ones (0 to 2)."""
     return torch.randint(3, vocab_size, shape)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte-level character."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {character: 3 + i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:96])}
+    byte_level = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def enable_checkpointing(model: torch.nn.Module, options: dict | None = None) -> None:

@@ -42,7 +42,8 @@ def test_commands_are_understood(page, words):
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^[\w\- ]*\b{words[1]}\b[\w\- ]*:", makefile, re.MULTILINE)
     elif words[0] == "python" and words[1].startswith("examples/"):
-        importlib.import_module(Path(words[1]).stem).parse_settings(words[2:])
+        module = ".".join(Path(words[1]).with_suffix("").parts[1:])
+        importlib.import_module(module).parse_settings(words[2:])
     elif words[0] == "coe-plan":
         modeling_coe.planning.parse_settings(words[1:])
     elif words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
@@ -55,7 +56,7 @@ def test_commands_are_understood(page, words):
     elif words[0] == "coe-routing":
         modeling_coe.diagnostics.cli.parse_settings(words[1:])
     else:
-        assert words[0] in {"pip", "hf", "lm-eval", "python", "GOMP_SPINCOUNT=1000"}, words
+        assert words[0] in {"pip", "hf", "lm-eval", "python", "vllm", "GOMP_SPINCOUNT=1000"}, words
 
 
 @pytest.mark.parametrize("page", PAGES)

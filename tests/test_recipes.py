@@ -42,12 +42,20 @@ SMALL = {
 # Commands, and names of which Python makes use, that are not run, and why.
 MANY = "examples/pretrain_distributed.py --output-dir runs/many --config examples/shapes/small.json"
 LAUNCH = "accelerate launch --config_file examples/accelerate"
+ASK = "python examples/serve/ask.py --model runs/demo/model"
+QUESTION = "Ann has 7 pens. Ann buys 3 packs with 5 pens in each pack. How many pens does Ann have now?"
+LOAD = "python examples/serve/load.py --model runs/demo/model --output-dir runs/load --engines vllm transformers"
+FLOAT32 = "--vllm-args=--dtype float32 --transformers-args=--dtype float32"
 NOT_RUN = {
     f"torchrun --nproc-per-node 2 {MANY} --ep-size 2 --steps 200 --eval-steps 50 --save-steps 50 --resume": (
         "it goes on with a run that was killed; tests/test_pretrain_distributed.py"
     ),
     f"{LAUNCH}/ddp.yaml examples/pretrain.py --output-dir runs/ddp": "it needs GPUs; tests/test_several_processes.py",
     f"{LAUNCH}/fsdp2_sharded.yaml examples/pretrain.py --output-dir runs/fsdp": "likewise",
+    f"{ASK} --engine-args=--dtype float32 --prompt {QUESTION}": "it needs vLLM; tests/vllm/test_serve.py",
+    f"{ASK} --prompt Ben has 5 apples. --url http://127.0.0.1:8000": "it needs the server of the line above it",
+    "vllm serve runs/demo/model --dtype float32": "it runs until it is stopped; tests/vllm/test_server_faults.py",
+    f"{LOAD} {FLOAT32}": "it needs vLLM; tests/vllm/test_serve.py",
     "make test": "it runs this test",
     "pip install -e . -c constraints.txt": "it needs the network",
     "pip install -e .[quantization]": "it needs the network",

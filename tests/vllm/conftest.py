@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ..helpers import byte_tokenizer, tiny_model
+
 
 # Read when an engine starts. On a CPU threads are those of the environment, caches are small, and the engine runs in
 # the tests' own process unless a test asks for several.
@@ -18,6 +20,15 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 def needs_vllm():
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
+def chain_folder(tmp_path_factory) -> Path:
+    """A chain of two iterations with random weights, and a tokenizer of characters."""
+    folder = tmp_path_factory.mktemp("chain")
+    tiny_model(inner_iter=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
