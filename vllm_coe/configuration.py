@@ -167,7 +167,10 @@ def shared_differences(vllm_config: VllmConfig) -> Iterator[str]:
             f"`quantization_config` says that the weights are quantised ({getattr(method, 'value', method)}). Serve "
             "the original weights, quantised by vLLM if need be (`--quantization`)."
         )
-    if vllm_config.parallel_config.enable_eplb:
+    parallel_config = vllm_config.parallel_config
+    if current_platform.is_cpu() and parallel_config.enable_expert_parallel and parallel_config.world_size > 1:
+        yield "`enable_expert_parallel` is True, and on CPUs vLLM's experts are not divided. Leave it out."
+    if parallel_config.enable_eplb:
         yield "`enable_eplb` is True, which counts one call of a layer's experts. Leave it out."
     if vllm_config.aux_output_config.enable_return_routed_experts:
         yield "`enable_return_routed_experts` is True, which keeps one call of a layer's experts. Leave it out."

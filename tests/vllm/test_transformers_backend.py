@@ -132,6 +132,11 @@ def test_routers_stay_in_float32(use_igate, tmp_path):
             {},
             r"`rope_parameters\['rope_type'\]` is 'dynamic'.* Use transformers",
         ),
+        (
+            {"backbone": "llama"},
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+            "`enable_expert_parallel` is True",
+        ),
         ({"backbone": "llama"}, {"enable_return_routed_experts": True}, "`enable_return_routed_experts` is True"),
     ],
 )
