@@ -51,7 +51,8 @@ class CoeAttention(DeepseekV2Attention):
             query = torch.cat((query, query_rope), dim=-1)
             key, value = self.expand_kv(latent, key_rope)
             pads = query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-            if pads and not torch.compiler.is_exporting() and query.shape[2] >= self.min_flash_length:
+            pads = pads and not torch.compiler.is_exporting() and query.shape[2] >= self.min_flash_length
+            if pads:
                 value = F.pad(value, (0, max(0, self.qk_head_dim - self.v_head_dim)))
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
@@ -60,8 +61,10 @@ class CoeAttention(DeepseekV2Attention):
             output, attentions = attention(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
-            output = output[..., : self.v_head_dim]
-        return self.o_proj(output.flatten(2)), attentions
+            if pads:
+                output = output[..., : self.v_head_dim]
+        # The heads may be side by side already: vLLM's function returns them so.
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), attentions
 
     def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The parts of the queries without and with position, (B, heads, S, qk_nope_head_dim or qk_rope_head_dim)."""

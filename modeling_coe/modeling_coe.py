@@ -370,7 +370,8 @@ AUTO_MAP = {
 class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     config: CoeConfig
     _no_split_modules = ["CoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = [r"mlp\.gate\b"]  # routers and their selection biases
+    # Routers and their selection biases: an expression for transformers, and parts of names, which vLLM looks for.
+    _keep_in_fp32_modules_strict = [r"mlp\.gate\b", "mlp.gate.weight", *(f"mlp.gate.{digit}" for digit in range(10))]
     _can_record_outputs = {
         "hidden_states": [OutputRecorder(CoeDecoderLayer, index=0)],
         "attentions": [OutputRecorder(backbone.attention, index=1) for backbone in BACKBONE_MODULES.values()],

@@ -33,8 +33,9 @@ def _takes_cache(forward: Callable) -> Callable:
         parameter.replace(name=CACHE) if parameter.name == "cache" else parameter
         for parameter in signature.parameters.values()
     ]
-    # `generate` and the generated documentation look there.
-    forward_with_cache.__signature__ = signature.replace(parameters=parameters)
+    # `generate` and the generated documentation look there, through all decorators. Not on the decorated function, of
+    # which every further decorator would have a copy: compilers bind the arguments to what the outermost one takes.
+    forward.__signature__ = signature.replace(parameters=parameters)
     return forward_with_cache
 
 

@@ -15,9 +15,11 @@ def register() -> None:
     import modeling_coe  # noqa: F401  registers the Auto classes, which vLLM reads configurations with
     from configuration_coe import CoeConfig
 
-    from .configuration import CoeModelArchConfigConvertor, CoeServingConfig
+    from .configuration import CoeModelArchConfigConvertor, CoeServingConfig, TransformersServingConfig
 
     MODEL_ARCH_CONFIG_CONVERTORS[CoeConfig.model_type] = CoeModelArchConfigConvertor
     MODELS_CONFIG_MAP["CoeForCausalLM"] = CoeServingConfig
+    for backend in ("TransformersForCausalLM", "TransformersMoEForCausalLM"):
+        MODELS_CONFIG_MAP.setdefault(backend, TransformersServingConfig)
     # By name: importing the model may initialise a device, which a process that forks later must not.
     ModelRegistry.register_model("CoeForCausalLM", "vllm_coe.model:CoeForCausalLM")

@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from configuration_coe import BACKBONES, CoeConfig
 from modeling_coe.backbones import BACKBONE_MODULES
 
-from .configuration import expanded_head_size, is_interleaved
+from .configuration import TRANSFORMERS_BACKEND, expanded_head_size, is_interleaved
 
 
 class NativeRotaryEmbedding(nn.Module):
@@ -205,7 +205,7 @@ def build_attention(vllm_config: VllmConfig, layer_idx: int, prefix: str) -> nn.
     if not math.isclose(attention.scaling, reference.scaling):
         raise ValueError(
             f"`rope_parameters` is {config.rope_parameters}, by which vLLM scales attention by {attention.scaling} "
-            f"and transformers by {reference.scaling}. Use transformers for it."
+            f"and transformers by {reference.scaling}. {TRANSFORMERS_BACKEND}"
         )
     return attention
 
@@ -230,5 +230,5 @@ def check_rotary_embedding(rotary_emb: nn.Module, config: CoeConfig) -> None:
     if actual.shape != expected.shape or ((actual - expected).abs() > tolerance).any():
         raise ValueError(
             f"`rope_parameters` is {config.rope_parameters}, for which vLLM's rotary embedding differs from that of "
-            "transformers. Use transformers for it."
+            f"transformers. {TRANSFORMERS_BACKEND}"
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
@@ -25,13 +25,21 @@ LORA_MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     *("gate_proj", "up_proj", "down_proj", "shared_expert_gate", "embed_tokens", "lm_head"),
 )
+# What may serve a model that the plugin's own does not, or the other way round.
+TRANSFORMERS_BACKEND = "Serve it with vLLM's Transformers backend: `--model-impl transformers`."
+OWN_MODEL = "Serve it with the plugin's own model: leave `model_impl` out."
 
 
 def caches_latents(config: CoeConfig) -> bool:
     """Whether vLLM's latent attention (MLA) can serve a model. Its keys and values are expanded otherwise."""
-    if not BACKBONES[config.backbone].has_latent_attention or config.sliding_window is not None:
+    if not BACKBONES[config.backbone].has_latent_attention or config.attention_bias or not is_interleaved(config):
         return False
-    if config.attention_bias or not is_interleaved(config):
+    return has_latent_kernel(config)
+
+
+def has_latent_kernel(config: CoeConfig) -> bool:
+    """Whether vLLM's latent attention has a kernel for the sizes of a model that has latents."""
+    if config.sliding_window is not None:
         return False
     if current_platform.is_cpu():
         return (config.kv_lora_rank, config.qk_rope_head_dim) == (512, 64)
@@ -78,23 +86,81 @@ class CoeServingConfig(VerifyAndUpdateConfig):
         # The experts are left out: vLLM would replace their runner, and refuses adapters of what it has not replaced.
         if (lora_config := vllm_config.lora_config) is not None and lora_config.target_modules is None:
             lora_config.target_modules = list(LORA_MODULES)
-        model_config, attention_config = vllm_config.model_config, vllm_config.attention_config
-        if current_platform.is_cpu() and model_config.use_mla and model_config.dtype != torch.bfloat16:
-            # vLLM would take the kernel of AMX wherever the processor has that, which computes in bfloat16 alone.
-            attention_config.backend = AttentionBackendEnum.CPU_MLA
+        choose_latent_kernel(vllm_config)
+
+
+class TransformersServingConfig(VerifyAndUpdateConfig):
+    """The same for vLLM's Transformers backend, which runs the model of `modeling_coe` with attention and experts of
+    its own in place. It serves models of every kind, of which others are left alone."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        if model_config.hf_config.model_type != CoeConfig.model_type:
+            return
+        for problem in backend_differences(vllm_config):
+            raise ValueError(f"vLLM's Transformers backend does not serve this Chain-of-Experts model: {problem}")
+        vllm_config.compilation_config.fast_moe_cold_start = False
+        if backend_caches_latents(model_config):
+            config = model_config.hf_config
+            model_config.model_arch_config.head_size = config.kv_lora_rank + config.qk_rope_head_dim
+            choose_latent_kernel(vllm_config)
+
+
+def backend_caches_latents(model_config: ModelConfig) -> bool:
+    """Whether vLLM's Transformers backend caches latents. Those of DeepSeek-V2 it expands, since it does not recognise
+    `modeling_coe`'s attention as latent."""
+    return model_config.use_mla and model_config.hf_config.backbone != "deepseek_v2"
+
+
+def choose_latent_kernel(vllm_config: VllmConfig) -> None:
+    """Keeps latents in the model's dtype. vLLM would take the kernel of AMX wherever the processor has that, which
+    computes in bfloat16 alone."""
+    model_config = vllm_config.model_config
+    if current_platform.is_cpu() and model_config.use_mla and model_config.dtype != torch.bfloat16:
+        vllm_config.attention_config.backend = AttentionBackendEnum.CPU_MLA
 
 
 def differences(vllm_config: VllmConfig) -> Iterator[str]:
-    """What vLLM would compute differently from transformers: field, value and remedy of each."""
+    """What the plugin's own model would compute differently from transformers: field, value and remedy of each."""
     config: CoeConfig = vllm_config.model_config.hf_config
     backbone = config.backbone
     attention = f"with `backbone={backbone!r}`, whose attention in vLLM has none"
-    if config.hidden_act != "silu":
-        yield f"`hidden_act` is {config.hidden_act!r}, and vLLM's gated MLPs have 'silu'. Use transformers for it."
+    if not config.num_sparse_layers and config.hidden_act != "silu":
+        yield f"`hidden_act` is {config.hidden_act!r}, and its gated MLPs have 'silu'. {TRANSFORMERS_BACKEND}"
     if backbone in ("olmoe", "qwen3", "qwen3_moe") and config.attention_bias:
-        yield f"`attention_bias` is True {attention} in its output projection. Use transformers for it."
+        yield f"`attention_bias` is True {attention} in its output projection. {TRANSFORMERS_BACKEND}"
     if backbone == "olmoe" and config.clip_qkv is not None:
-        yield f"`clip_qkv` is {config.clip_qkv} {attention}. Use transformers for it."
+        yield f"`clip_qkv` is {config.clip_qkv} {attention}. {TRANSFORMERS_BACKEND}"
+    yield from shared_differences(vllm_config)
+
+
+def backend_differences(vllm_config: VllmConfig) -> Iterator[str]:
+    """What vLLM's Transformers backend would compute differently, as [`differences`]."""
+    config: CoeConfig = vllm_config.model_config.hf_config
+    if backend_caches_latents(vllm_config.model_config) and not has_latent_kernel(config):
+        yield (
+            f"`kv_lora_rank` is {config.kv_lora_rank}, `qk_rope_head_dim` is {config.qk_rope_head_dim} and "
+            f"`sliding_window` is {config.sliding_window}, which its latent attention does not take on this device. "
+            f"Set VLLM_MLA_DISABLE=1 to cache keys and values in place of latents. {OWN_MODEL}"
+        )
+    chosen = {config.experts_per_iteration(layer_idx) for layer_idx in config.sparse_layers}
+    if chosen - {config.num_experts_per_tok}:
+        yield (
+            f"`chain_layers` is {config.chain_layers}, and the other layers use {max(chosen)} experts, where it has "
+            f"`num_experts_per_tok={config.num_experts_per_tok}` in all. {OWN_MODEL}"
+        )
+    parallel_config = vllm_config.parallel_config
+    if current_platform.is_cpu() and parallel_config.enable_expert_parallel and parallel_config.world_size > 1:
+        yield f"`enable_expert_parallel` is True, and vLLM's CPU kernel takes all experts for its own. {OWN_MODEL}"
+    yield from shared_differences(vllm_config)
+
+
+def shared_differences(vllm_config: VllmConfig) -> Iterator[str]:
+    """What both would compute differently, as [`differences`]."""
+    config: CoeConfig = vllm_config.model_config.hf_config
+    if config.num_sparse_layers and config.hidden_act != "silu":
+        yield f"`hidden_act` is {config.hidden_act!r}, and vLLM's experts have 'silu'. Use transformers for it."
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         yield (
