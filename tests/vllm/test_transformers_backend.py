@@ -21,7 +21,6 @@ SERVED = {
         "mixtral",
         "llama",
         "qwen3",
-        "dense",
         "both, q_lora, biases",
     )
 } | {
