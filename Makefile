@@ -28,7 +28,8 @@ test-oldest test-newest: test-%: $(VENV)-%/.installed
 vllm: $(VENV)-vllm/.installed
 
 serve-test: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/vllm tests/test_serving.py tests/test_serve.py
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest --numprocesses auto --dist loadfile \
+		tests/vllm tests/test_serving.py tests/test_serve.py
 
 # Whatever is out today, but for torch. Not pinned, so it may fail where nothing here has changed.
 test-today:

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "model_cards": {"configuration_coe"},
     "modeling_coe": {"configuration_coe", "model_cards"},
     "conversion": {"configuration_coe", "model_cards", "modeling_coe"},
+    "vllm_coe": {"configuration_coe", "modeling_coe"},
 }
 OURS = {*MAY_IMPORT, "benchmarks", "examples", "tests"}
 

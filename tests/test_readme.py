@@ -14,6 +14,7 @@ import modeling_coe.planning
 from .helpers import ROOT
 
 
+OTHERS = {"pip", "hf", "lm-eval", "python", "vllm", "curl", "transformers", "GOMP_SPINCOUNT=1000"}  # programs
 PAGES = ("README.md", "examples/README.md", "examples/SCALING.md", "benchmarks/README.md", "CONTRIBUTING.md")
 
 
@@ -59,7 +60,9 @@ def test_commands_are_understood(page, words):
     elif words[0] == "coe-routing":
         modeling_coe.diagnostics.cli.parse_settings(words[1:])
     else:
-        assert words[0] in {"pip", "hf", "lm-eval", "python", "vllm", "curl", "GOMP_SPINCOUNT=1000"}, words
+        assert words[0] in {"pip", "hf", "lm-eval", "python", "vllm", "curl", "transformers", "GOMP_SPINCOUNT=1000"}, (
+            words
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -55,6 +55,10 @@ NOT_RUN = {
     f"{LAUNCH}/fsdp2_sharded.yaml examples/pretrain.py --output-dir runs/fsdp": "likewise",
     f"{ASK} --engine-args=--dtype float32 --prompt {QUESTION}": "it needs vLLM; tests/vllm/test_serve.py",
     f"{ASK} --prompt Ben has 5 apples. --url http://127.0.0.1:8000": "it needs the server of the line above it",
+    "transformers chat runs/sft/model http://localhost:8000/v1": "it needs the server of the block above it",
+    "vllm serve runs/demo/model --dtype float32 --enable-lora --lora-modules mine=ADAPTER": (
+        "it runs until it is stopped; tests/vllm/test_adapters.py"
+    ),
     "vllm serve runs/demo/model --dtype float32": "it runs until it is stopped; tests/vllm/test_server_faults.py",
     f"{LOAD} {FLOAT32}": "it needs vLLM; tests/vllm/test_serve.py",
     "make vllm": "it needs the network",

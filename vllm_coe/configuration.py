@@ -2,6 +2,7 @@
 """What vLLM has to know of a chain before it builds one, and which chains it would compute differently."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from vllm import envs
@@ -14,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from configuration_coe import BACKBONES, CoeConfig
+from modeling_coe.checkpoint import check_chain_keys, read_keys
 
 
 # Widths of latent plus rotary part that vLLM has kernels for: some device has each.
@@ -28,6 +30,11 @@ LORA_MODULES = (
 # What may serve a model that the plugin's own does not, or the other way round.
 TRANSFORMERS_BACKEND = "Serve it with vLLM's Transformers backend: `--model-impl transformers`."
 OWN_MODEL = "Serve it with the plugin's own model: leave `model_impl` out."
+
+
+def module_name(name: str) -> str:
+    """The name in memory of a tensor on disk: there, scales of a converted chain are not in a module of their own."""
+    return f"{name}.weight" if name.endswith(".iteration_scale") else name
 
 
 def caches_latents(config: CoeConfig) -> bool:
@@ -100,6 +107,9 @@ class TransformersServingConfig(VerifyAndUpdateConfig):
             return
         for problem in backend_differences(vllm_config):
             raise ValueError(f"vLLM's Transformers backend does not serve this Chain-of-Experts model: {problem}")
+        # Its loader misses no expert as long as another of the layer is there.
+        files = sorted(Path(model_config.model).glob("*.safetensors"))
+        check_chain_keys(map(module_name, read_keys(files)), model_config.hf_config)
         vllm_config.compilation_config.fast_moe_cold_start = False
         if backend_caches_latents(model_config):
             config = model_config.hf_config

@@ -34,6 +34,7 @@ from modeling_coe.checkpoint import check_chain_keys
 from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain
 
 from .attention import build_attention
+from .configuration import module_name
 from .experts import CoeMoE
 
 
@@ -182,10 +183,8 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         def named() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                if name.endswith(".iteration_scale"):  # on disk; here it is a module, as in transformers
-                    name = f"{name}.weight"
-                names.append(name)
-                yield name, weight
+                names.append(module_name(name))
+                yield names[-1], weight
 
         loaded = AutoWeightsLoader(self).load_weights(named(), mapper=self._weights_mapper())
         check_chain_keys([*names, *self._names_elsewhere(names)], self.config)

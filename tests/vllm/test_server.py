@@ -1,11 +1,13 @@
 """Tokens that `vllm serve` gives over HTTP are those of transformers."""
 
-import openai
 import pytest
 from serve.server import serving
 
 from ..helpers import byte_tokenizer
 from .helpers import CONTEXT, NEW_TOKENS, assert_same_generations, build_model, build_prompts, generate
+
+
+openai = pytest.importorskip("openai")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_coe import CoeModel
 
@@ -142,4 +143,15 @@ def test_routers_stay_in_float32(use_igate, tmp_path):
 def test_refuses_what_it_would_compute_differently(fields, options, message, tmp_path):
     build_model(**fields).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message), engine(tmp_path, model_impl="transformers", **options):
+        pass
+
+
+def test_refuses_a_checkpoint_that_lacks_an_expert(tmp_path):
+    """vLLM's loader does not miss one among others of its layer."""
+    build_model(backbone="llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks mlp\.experts\.3"), engine(tmp_path, model_impl="transformers"):
         pass

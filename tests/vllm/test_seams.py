@@ -1,0 +1,49 @@
+"""What the plugin takes from vLLM without a promise that it stays: what breaks without it."""
+
+import inspect
+
+import pytest
+
+
+pytest.importorskip("vllm")
+
+from vllm.config import CompilationConfig, LoRAConfig
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+
+def test_registries_are_dictionaries_by_name():
+    """Without them latent attention is not recognised, and nothing is refused."""
+    assert "deepseek_v3" not in MODEL_ARCH_CONFIG_CONVERTORS and isinstance(MODEL_ARCH_CONFIG_CONVERTORS, dict)
+    assert "DeepseekV32ForCausalLM" in MODELS_CONFIG_MAP
+
+
+def test_routers_are_asked_by_compute_routing():
+    """Otherwise the handed-over weights and experts would be taken for logits."""
+    assert "self._compute_routing(" in inspect.getsource(BaseRouter._select_experts)
+    assert "router" in inspect.signature(FusedMoEFactory).parameters
+    assert "self.router.select_experts(" in inspect.getsource(MoERunner._apply_quant_method)
+
+
+def test_runners_reduce_what_they_return():
+    """Otherwise the next iteration would route by a part of the sum."""
+    assert "_maybe_reduce_final_output(" in inspect.getsource(MoERunner.forward)
+    assert inspect.signature(FusedMoEFactory).parameters["reduce_results"].default is True
+
+
+def test_layers_can_be_found_by_name():
+    """Counted calls would give the second iteration the experts of the next layer."""
+    assert "fast_moe_cold_start" in CompilationConfig.__dataclass_fields__
+
+
+def test_adapters_of_modules_that_are_not_listed_are_refused():
+    """Otherwise an adapter of the experts, or of what was absorbed, would be loaded and not applied."""
+    assert "target_modules" in LoRAConfig.__dataclass_fields__
+    assert "self.model.lora_manager = self" in inspect.getsource(LoRAModelManager.__init__)
+    assert "self.supported_lora_modules" in inspect.getsource(LoRAModelManager.__init__)
+    assert "expected_lora_modules" in inspect.signature(LoRAModel.from_local_checkpoint).parameters
