@@ -86,7 +86,7 @@ class CoeServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        for problem in differences(vllm_config):
+        if problem := next(differences(vllm_config), None):
             raise ValueError(f"vLLM does not serve this Chain-of-Experts model: {problem}")
         # Layers of experts are found by name. Found by counting calls, the second iteration would be the next layer.
         vllm_config.compilation_config.fast_moe_cold_start = False
@@ -105,7 +105,7 @@ class TransformersServingConfig(VerifyAndUpdateConfig):
         model_config = vllm_config.model_config
         if model_config.hf_config.model_type != CoeConfig.model_type:
             return
-        for problem in backend_differences(vllm_config):
+        if problem := next(backend_differences(vllm_config), None):
             raise ValueError(f"vLLM's Transformers backend does not serve this Chain-of-Experts model: {problem}")
         # Its loader misses no expert as long as another of the layer is there.
         files = sorted(Path(model_config.model).glob("*.safetensors"))

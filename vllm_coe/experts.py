@@ -26,7 +26,7 @@ class HandedOverRouter(BaseRouter):
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
-        return RoutingMethodType.Custom  # no kernel that routes by itself has it
+        return RoutingMethodType.Custom  # kernels that route by themselves have others
 
     @staticmethod
     def hand_over(top_k_weights: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
@@ -119,6 +119,11 @@ class CoeMoE(nn.Module):
         self, hidden_states: torch.Tensor, iteration: int = 0, used_experts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `modeling_coe`'s `CoeMoE`, for hidden states (T, H)."""
+        if self.runner.is_monolithic:
+            raise ValueError(
+                f"The kernel of the experts ({type(self.runner.routed_experts.quant_method).__name__}) routes by itself, "
+                "by one router a layer. Choose another by `--moe-backend triton`, or leave `--quantization` out."
+            )
         router = self.gate[iteration] if self.use_igate else self.gate
         _, top_k_weights, top_k_index = router(hidden_states, used_experts)
         weights, experts = top_k_weights, top_k_index
