@@ -121,8 +121,8 @@ class CoeMoE(nn.Module):
         """As `modeling_coe`'s `CoeMoE`, for hidden states (T, H)."""
         if self.runner.is_monolithic:
             raise ValueError(
-                f"The kernel of the experts ({type(self.runner.routed_experts.quant_method).__name__}) routes by itself, "
-                "by one router a layer. Choose another by `--moe-backend triton`, or leave `--quantization` out."
+                f"The kernel of {type(self.runner.routed_experts.quant_method).__name__} routes by itself, with one "
+                "router a layer. Choose another by `--moe-backend triton`, or leave `--quantization` out."
             )
         router = self.gate[iteration] if self.use_igate else self.gate
         _, top_k_weights, top_k_index = router(hidden_states, used_experts)
