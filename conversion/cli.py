@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         upcycle=args.upcycle,
         experts=args.experts,
         top_k=args.top_k,
+        ignored_fields=tuple(args.ignore_fields.split(",")) if args.ignore_fields else (),
     )
     try:
         if args.dry_run:
@@ -124,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of noise and new routers")
     parser.add_argument(
         "--round-top-k", action="store_true", help="let split change the experts per token to a multiple of C"
+    )
+    parser.add_argument(
+        "--ignore-fields",
+        metavar="A,B",
+        help="fields of the source's config.json that are not known here and do not change what the model computes",
     )
     dense = parser.add_argument_group("dense sources")
     dense.add_argument(

@@ -3,13 +3,19 @@
 
 import copy
 import dataclasses
+import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, cache_utils, masking_utils, modeling_utils
+from transformers import modeling_rope_utils as rope_utils
+from transformers.generation import configuration_utils as generation_configuration
+from transformers.generation import utils as generation_utils
+from transformers.integrations import eager_paged, flash_attention, moe, sdpa_attention
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configuration_coe import CoeConfig
@@ -63,6 +69,19 @@ HARMLESS_FIELDS = (
     "unsloth_fixed",
     "unsloth_version",
 )
+# What all models of transformers share and where it reads their configurations.
+_SHARED_MODULES = (
+    cache_utils,
+    masking_utils,
+    modeling_utils,
+    rope_utils,
+    generation_configuration,
+    generation_utils,
+    eager_paged,
+    flash_attention,
+    moe,
+    sdpa_attention,
+)
 _DROPPED_KEYS = {r"rotary_emb\.inv_freq$": "computed from the config"}
 # What may differ between a chain and the family that it goes back to: how it is trained and stored.
 _TRAINING_FIELDS = (
@@ -87,7 +106,8 @@ class Family:
         constants: Fields of `CoeConfig` that the family's architecture fixes.
         computed: Fields of `CoeConfig` to be computed from the source's config.
         derived: Fields of the source's config to be computed from a `CoeConfig`, on the way back.
-        required: Fields of the source that its code in transformers does not read, with the only value it implements.
+        required: Fields of the source with the only value that can be kept: that which its code in transformers
+            implements without reading the field, or a chain has. A field of `rope_parameters` has a dotted name.
         implied: Fields of the source that follow from others.
         left_out: Fields of the source that mean something and have no counterpart -> why that does not matter.
         keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
@@ -142,20 +162,31 @@ class Family:
                 return reason
         return None
 
-    def chain_fields(self, config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
+    def chain_fields(
+        self, config: PreTrainedConfig, ignored: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Any], list[str]]:
         """Fields of the `CoeConfig` with one iteration that computes what the source does, and remarks on what is
         different outside of that.
+
+        Args:
+            config (`PreTrainedConfig`): The source's.
+            ignored (`tuple[str, ...]`): Fields that need not be understood.
 
         Raises:
             ConversionError: The source's config has a field that is not understood and may change its function.
         """
-        self._check_understood(config)
+        unread = self._check_understood(config, ignored)
         values = {chain: getattr(config, name) for name, chain in self.fields.items() if hasattr(config, name)}
         values |= self.constants | {name: compute(config) for name, compute in self.computed.items()}
         remarks = [
             f"`{name}={getattr(config, name)}` of the source is not carried over: {reason}."
             for name, reason in self.left_out.items()
             if getattr(config, name, None)
+        ]
+        remarks += [
+            f"{field} of the source is not carried over: "
+            + ("it was to be ignored." if name in ignored else f"transformers' `{self.model_type}` does not read it.")
+            for name, field in unread.items()
         ]
         return copy.deepcopy({"backbone": self.backbone, **values}), remarks
 
@@ -172,7 +203,8 @@ class Family:
             for name, chain in self.fields.items()
             if hasattr(config, chain) and (name in known or name not in COMMON_FIELDS)
         }
-        values |= self.required | {name: compute(config) for name, compute in self.derived.items()}
+        values |= {name: value for name, value in self.required.items() if "." not in name}
+        values |= {name: compute(config) for name, compute in self.derived.items()}
         for name, value in values.items():
             if isinstance(value, int) and isinstance(getattr(config_class, name, None), float):
                 values[name] = float(value)  # which the families' classes insist on
@@ -194,12 +226,14 @@ class Family:
             raise ConversionError(f"transformers' `{self.model_type}` cannot express this model: {', '.join(wrong)}.")
         return source
 
-    def _check_understood(self, config: PreTrainedConfig) -> None:
+    def _check_understood(self, config: PreTrainedConfig, ignored: tuple[str, ...]) -> dict[str, str]:
+        """Fields that nobody reads, or that are to be ignored, with their values as text."""
         for name, value in self.required.items():
-            if getattr(config, name, value) not in (None, value):
+            found = _lookup(config, name, value)
+            if found not in (None, value):
                 raise ConversionError(
-                    f"`{name}` of the source is {getattr(config, name)!r}. transformers' `{self.model_type}` only "
-                    f"implements {value!r}, so the function to keep is not known. Correct config.json, if it is wrong."
+                    f"`{name}` of the source is {found!r}. Only {value!r} can be kept of transformers' "
+                    f"`{self.model_type}`. Correct config.json, if it is wrong."
                 )
         understood = {
             *self.fields,
@@ -210,17 +244,33 @@ class Family:
             *HARMLESS_FIELDS,
         }
         understood |= {config.attribute_map.get(name, name) for name in understood}
-        unknown = [
-            f"`{name}={value!r}`"
+        others = {
+            name: f"`{name}={value!r}`"
             for name, value in config.to_dict().items()
             if name not in understood and not name.startswith("_") and value != _default(config, name)
-        ]
+        }
+        unknown = [field for name, field in others.items() if name not in ignored and _is_read(config, name)]
         if unknown:
             raise ConversionError(
                 f"The source's config has fields that the conversion from `{self.model_type}` does not know and that "
-                f"may change what the model computes: {', '.join(unknown)}. Remove those that do not from (a copy "
-                "of) config.json."
+                f"may change what the model computes: {', '.join(unknown)}. Name those that do not in "
+                "`--ignore-fields`."
             )
+        return others
+
+
+def _lookup(config: PreTrainedConfig, name: str, default: Any) -> Any:
+    """The value of a field, or by a dotted name of a field's entry."""
+    field, _, entry = name.partition(".")
+    value = getattr(config, field, default)
+    return (value or {}).get(entry, default) if entry else value
+
+
+def _is_read(config: PreTrainedConfig, name: str) -> bool:
+    """Whether transformers' code of a model, or what all models share, has a field's name as a word."""
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    modules = (sys.modules[model_class.__module__], *_SHARED_MODULES)
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", inspect.getsource(module)) for module in modules)
 
 
 def _default(config: PreTrainedConfig, name: str) -> Any:

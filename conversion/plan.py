@@ -34,6 +34,7 @@ class Options:
         upcycle: `"copy"` or `"slice"`: how experts are made of the MLPs of a dense source.
         experts: Their number, 8 by default.
         top_k: How many of them a token uses, over all iterations; 2 by default, and all slices.
+        ignored_fields: Fields of the source's configuration that need not be understood.
     """
 
     to: str = "coe"
@@ -47,6 +48,7 @@ class Options:
     upcycle: str | None = None
     experts: int | None = None
     top_k: int | None = None
+    ignored_fields: tuple[str, ...] = ()
 
 
 class Output(NamedTuple):

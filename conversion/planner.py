@@ -52,7 +52,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
     family = FAMILIES[source_config.model_type]
     if options.to != "coe":
         raise ConversionError(f"`--to {options.to}` converts Chain-of-Experts models; this is `{family.model_type}`.")
-    fields, remarks = family.chain_fields(source_config)
+    fields, remarks = family.chain_fields(source_config, options.ignored_fields)
     if family.dense:
         before = _configure(fields | _SINGLE | {"n_routed_experts": None}, source_config)
         experts, exact, explanation = _dense_to_experts(source_config, options)

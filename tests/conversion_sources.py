@@ -11,7 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Dots1Config,
     GenerationConfig,
+    Glm4MoeLiteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SolarOpenConfig,
 )
 
 
@@ -55,6 +58,14 @@ DEEPSEEK = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
+}
+LATENT = {name: value for name, value in DEEPSEEK.items() if name != "first_k_dense_replace"}
+GROUPED = {
+    **MOE,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 2,
 }
 YARN = {
     "rope_type": "yarn",
@@ -105,6 +116,42 @@ MOE_SOURCES = {
     "deepseek_v3-not_normalised": (
         DeepseekV3Config,
         {**(DEEPSEEK | GROUPS | TIED), "norm_topk_prob": False, "attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, {**(LATENT | ONE_GROUP), "q_lora_rank": 12, "rms_norm_eps": 1e-4}),
+    "glm4_moe_lite-sparse": (
+        Glm4MoeLiteConfig,
+        {
+            **(LATENT | GROUPS | TIED),
+            "q_lora_rank": 12,
+            "n_shared_experts": 2,
+            "mlp_layer_types": ["sparse", "sparse"],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "rope_parameters": YARN,
+        },
+    ),
+    "dots1": (Dots1Config, {**(GROUPED | ONE_GROUP), "first_k_dense_replace": 1, "norm_topk_prob": True}),
+    "dots1-window": (
+        Dots1Config,
+        {
+            **(GROUPED | GROUPS | TIED),
+            "n_shared_experts": 2,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "attention_bias": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "solar_open": (SolarOpenConfig, {**(GROUPED | ONE_GROUP), "head_dim": 16}),
+    "solar_open-groups": (
+        SolarOpenConfig,
+        {
+            **(GROUPED | GROUPS | TIED),
+            "head_dim": 8,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": LLAMA3,
+        },
     ),
     "qwen2_moe": (Qwen2MoeConfig, {**QWEN, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}),
     "qwen2_moe-window": (

@@ -762,11 +762,17 @@ def test_dtype_cannot_hold_a_value(copied, tmp_path):
 
 def test_config_fields_are_understood_or_refused(copied, tmp_path):
     source = copied("mixtral")
-    edit_json(source / "config.json", attention_sinks=4)
-    assert_refused(source, tmp_path / "out", "`attention_sinks=4`")
-    edit_json(source / "config.json", attention_sinks=..., torch_dtype="float32", router_jitter_noise=0.1)
+    edit_json(source / "config.json", layer_types=["full_attention"] * 2)
+    assert_refused(source, tmp_path / "out", "`layer_types=[", "--ignore-fields")
+    options = Options(ignored_fields=("layer_types",))
+    report = convert(source, tmp_path / "ignored", options, verify_tokens=8)
+    assert any("layer_types" in remark and "to be ignored" in remark for remark in report["remarks"])
+    edit_json(source / "config.json", layer_types=..., torch_dtype="float32", router_jitter_noise=0.1)
+    # Neither Mixtral nor what all models share has such a word.
+    edit_json(source / "config.json", unk_token_id=0, attention_sinks=4, **{"transformers.js_config": {"dtype": "q4"}})
     report = convert(source, tmp_path / "out", verify_tokens=8)
-    assert any("router_jitter_noise" in remark for remark in report["remarks"])
+    for name in ("router_jitter_noise", "unk_token_id", "attention_sinks", "transformers.js_config"):
+        assert any(f"`{name}=" in remark for remark in report["remarks"])
 
 
 def test_fields_that_transformers_does_not_read_must_say_what_it_does(copied, tmp_path):

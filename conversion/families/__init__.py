@@ -1,10 +1,36 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """The families that can be converted, one module each. A new one is a new module and a line here."""
 
-from . import deepseek_v2, deepseek_v3, llama, mistral, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from . import (
+    deepseek_v2,
+    deepseek_v3,
+    dots1,
+    glm4_moe_lite,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    solar_open,
+)
 
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (deepseek_v2, deepseek_v3, qwen2_moe, qwen3_moe, olmoe, mixtral, llama, qwen3, mistral)
+    for module in (
+        deepseek_v2,
+        deepseek_v3,
+        glm4_moe_lite,
+        dots1,
+        solar_open,
+        qwen2_moe,
+        qwen3_moe,
+        olmoe,
+        mixtral,
+        llama,
+        qwen3,
+        mistral,
+    )
 }
