@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import ConversionError
+from .checkpoint import ConversionError, parse_size
 from .converter import convert, find_source
 from .families import FAMILIES
 from .plan import Options
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ignored_fields=tuple(args.ignore_fields.split(",")) if args.ignore_fields else (),
     )
     try:
+        parse_size(args.max_shard_size)
         if args.dry_run:
             print(describe(plan_conversion(find_source(args.source)[0], options)))
             return 0
@@ -73,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("coe-convert: interrupted, nothing was kept.", file=sys.stderr)
         return 1
     figures = report["verification"]
-    print("exact" if report["exact"] else f"NOT exact ({report['explanation']}): the differences below are expected")
+    inexact = (
+        f"NOT exact ({report['explanation']}): another function, by the differences below, that has to be trained"
+    )
+    print("exact" if report["exact"] else inexact)
     print(f"verified on {figures['tokens']} tokens ({figures['text']}), in {figures['precision']}")
     print(f"  largest difference  {figures['max_abs_difference']:.3e} (tolerance {figures['tolerance']:.1e})")
     print(f"  mean difference     {figures['mean_abs_difference']:.3e}")

@@ -145,6 +145,11 @@ def find_source(source: str | Path) -> tuple[Path, str]:
     path = Path(source).expanduser()
     if path.is_dir():
         return path, path.resolve().name
+    if path.suffix == ".gguf":
+        raise ConversionError(
+            f"SOURCE {source} is a GGUF file. Load it with transformers (`from_pretrained(FOLDER, gguf_file="
+            f"{path.name!r})`), dequantised, and save model and tokenizer to a folder to convert."
+        )
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
         raise ConversionError(
             f"SOURCE {source} is neither a folder nor the name of a repository of the Hub. Choose one."

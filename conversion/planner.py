@@ -106,6 +106,11 @@ def _dense_to_experts(config: PreTrainedConfig, options: Options) -> tuple[dict[
             f"`{config.model_type}` is dense. Choose how its MLPs become experts: `--upcycle copy` or `slice`."
         )
     experts, width = options.experts or 8, config.intermediate_size
+    if options.top_k is not None and options.top_k > experts:
+        raise ConversionError(
+            f"`--top-k {options.top_k}` is more than the experts there are (`--experts {experts}`). Choose at most "
+            f"{experts}, or more experts."
+        )
     fields = {"n_routed_experts": experts, "norm_topk_prob": True, "topk_method": "greedy"}
     if options.layers is not None:
         _check_layers(options.layers, range(config.num_hidden_layers))
@@ -144,7 +149,9 @@ def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Optio
         chain["chain_layers"] = sorted(options.layers)
     if mode == "split":
         allowed = [c for c in range(2, top_k + 1) if top_k % c == 0]
-        allowed = f"Allowed are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
+        allowed = (
+            f"Allowed `--iterations` are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
+        )
         if top_k < iterations:
             raise ConversionError(
                 f"A token uses {top_k} experts (`num_experts_per_tok`), which cannot be split over {iterations} "

@@ -99,8 +99,11 @@ def save_and_merge(settings: LoraSettings, model: PeftModel, tokenizer: PreTrain
     merged = loaded.merge_and_unload()
     moved = {i: (scale - scales[i]).abs().max().item() for i, scale in iteration_scales(merged).items()}
     merging = logit_difference(model, merged)
-    print(f"The adapter loaded from disk changes logits by at most {loading:.1e}, merging it by {merging:.1e}.")
-    if not max(loading, merging) < 1e-3:
+    print(
+        f"The adapter loaded from disk changes logits by at most {loading.difference:.1e}, merging it by "
+        f"{merging.difference:.1e}."
+    )
+    if not (loading.is_rounding and merging.is_rounding):
         raise RuntimeError(f"The adapter in {adapter_folder} does not compute what was trained.")
     if moved:
         layer = max(moved, key=moved.get)
@@ -109,7 +112,7 @@ def save_and_merge(settings: LoraSettings, model: PeftModel, tokenizer: PreTrain
     facts = {
         "adapter_parameters": adapter,
         "model_parameters": total - adapter,
-        "logit_difference": {"loading": loading, "merging": merging},
+        "logit_difference": {"loading": loading.difference, "merging": merging.difference},
         **({"iteration_scale_movement": moved} if moved else {}),
     }
     return SavedModel(*save_and_reload(merged, tokenizer, settings.output_dir / "model"), facts)

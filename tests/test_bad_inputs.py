@@ -327,9 +327,10 @@ OPTIONS = {
     "iterations 0": Case(["--iterations", "'0'", "1 or more"], options="--iterations 0"),
     "iterations 1": Case(["--mode", "two iterations", "--mode identity"], options="--iterations 1"),
     "iterations 3": Case(
-        ["4 experts", "num_experts_per_tok", "Allowed are: 2, 4", "--round-top-k"], options="--iterations 3"
+        ["4 experts", "num_experts_per_tok", "may be 2, 4", "--round-top-k"],
+        options="--iterations 3",
     ),
-    "iterations 5": Case(["cannot be split over 5", "Allowed are: 2, 4"], options="--iterations 5 --round-top-k"),
+    "iterations 5": Case(["cannot be split over 5", "may be 2, 4"], options="--iterations 5 --round-top-k"),
     "identity twice": Case(["--mode identity", "--iterations", "Choose"], options="--mode identity --iterations 2"),
     "verify 0": Case(["--verify", "'0'", "1 or more"], options="--verify 0"),
     "verification text missing": Case(["--verify-text", "nothing.txt", "Choose"], options="--verify-text nothing.txt"),
