@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, ConversionError, shorten, stored_dtype
 from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
+from .family import Family
 from .plan import Options, Output, Plan, account, drop_tied_head
 from .tensors import to_chain, to_source
 
@@ -224,8 +225,7 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     if not families:
         raise ConversionError(f"transformers has no mixture of experts with the attention of `{config.backbone}`.")
     single = _single_iteration(config)
-    family = families[0]
-    target = family.source_config(single)
+    family, target = _first_that_fits(families, single)
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
     problems = []
@@ -243,6 +243,17 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
             "whose scales are zero and whose routers are equal go back; use this one as it is."
         )
     return plan
+
+
+def _first_that_fits(families: list[Family], config: CoeConfig) -> tuple[Family, PreTrainedConfig]:
+    """The first family that can express a model, and its configuration. Where none can: what the first one lacks."""
+    errors = []
+    for family in families:
+        try:
+            return family, family.source_config(config)
+        except ConversionError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _single_iteration(config: CoeConfig) -> CoeConfig:

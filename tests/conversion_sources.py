@@ -67,6 +67,7 @@ GROUPED = {
     "n_shared_experts": 1,
     "num_key_value_heads": 2,
 }
+SPARSE = {name: value for name, value in GROUPED.items() if name != "intermediate_size"}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -142,11 +143,11 @@ MOE_SOURCES = {
             "routed_scaling_factor": 2.5,
         },
     ),
-    "solar_open": (SolarOpenConfig, {**(GROUPED | ONE_GROUP), "head_dim": 16}),
+    "solar_open": (SolarOpenConfig, {**(SPARSE | ONE_GROUP), "head_dim": 16}),
     "solar_open-groups": (
         SolarOpenConfig,
         {
-            **(GROUPED | GROUPS | TIED),
+            **(SPARSE | GROUPS | TIED),
             "head_dim": 8,
             "norm_topk_prob": False,
             "routed_scaling_factor": 2.5,

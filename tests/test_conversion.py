@@ -145,7 +145,7 @@ def test_function_is_kept(sources, chains, name, options):
     report = json.loads((folder / "conversion_report.json").read_text())
     assert report["exact"] and report["verification"]["passed"]
     config = AutoConfig.from_pretrained(folder)
-    assert (config.inner_iter, config.backbone) == (options.iterations, name.partition("-")[0])
+    assert (config.inner_iter, config.backbone) == (options.iterations, FAMILIES[name.partition("-")[0]].backbone)
     assert config.num_experts_per_tok == (4 // options.iterations if options.mode == "split" else 4)
     model = assert_same_function(sources(name), folder)
     if "-" not in name or chain_id(options) == "split-2":
