@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, cache_utils, masking_utils, modeling_utils
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, cache_utils, masking_utils, modeling_utils
 from transformers import modeling_rope_utils as rope_utils
 from transformers.generation import configuration_utils as generation_configuration
 from transformers.generation import utils as generation_utils
@@ -268,7 +268,7 @@ def _lookup(config: PreTrainedConfig, name: str, default: Any) -> Any:
 
 def _is_read(config: PreTrainedConfig, name: str) -> bool:
     """Whether transformers' code of a model, or what all models share, has a field's name as a word."""
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     modules = (sys.modules[model_class.__module__], *_SHARED_MODULES)
     return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", inspect.getsource(module)) for module in modules)
 

@@ -150,9 +150,7 @@ def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Optio
         chain["chain_layers"] = sorted(options.layers)
     if mode == "split":
         allowed = [c for c in range(2, top_k + 1) if top_k % c == 0]
-        allowed = (
-            f"Allowed `--iterations` are: {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
-        )
+        allowed = f"`--iterations` may be {', '.join(map(str, allowed))}" if allowed else "Choose `--mode refine`"
         if top_k < iterations:
             raise ConversionError(
                 f"A token uses {top_k} experts (`num_experts_per_tok`), which cannot be split over {iterations} "

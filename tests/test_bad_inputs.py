@@ -197,7 +197,7 @@ CONFIGS = {
     "architectures": one("architectures", "Qwen3MoeForCausalLM", "Correct or remove"),
     "auto_map": one("auto_map", 3, "Correct or remove"),
     "quantised": config("quantization_config", "original weights", quantization_config={"quant_method": "fp8"}),
-    "unknown field": config("`attention_sinks=4`", "Remove", name="mixtral", attention_sinks=4),
+    "unknown field": config("`is_causal=False`", "--ignore-fields", name="mixtral", is_causal=False),
     "scoring": config("scoring_func", "'softmax'", "'sigmoid'", "Correct", name="deepseek_v3", scoring_func="softmax"),
     "MTP count text": one("num_nextn_predict_layers", "one", "Correct", name="deepseek_v3"),
     "weights number": one("transformers_weights", 3, "Correct or remove"),
@@ -351,7 +351,7 @@ OPTIONS = {
     "dense source": Case(["`llama`", "dense", "Choose", "--upcycle copy"], name="llama"),
     "slices": Case(["width 48", "5 equal slices", "Choose"], options="--upcycle slice --experts 5", name="llama"),
     "copies": Case(
-        ["num_experts_per_tok", "5", "Set it to 4 or less"],
+        ["--top-k 5", "--experts 4", "Choose at most 4"],
         options="--upcycle copy --experts 4 --top-k 5 --mode refine",
         name="llama",
     ),

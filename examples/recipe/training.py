@@ -155,7 +155,6 @@ def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str,
     }
 
 
-@torch.no_grad()
 class LogitDifference(NamedTuple):
     """The largest difference of a logit between two models, and the largest logit."""
 
@@ -168,6 +167,7 @@ class LogitDifference(NamedTuple):
         return self.difference < 1e-4 * max(10.0, self.largest)
 
 
+@torch.no_grad()
 def logit_difference(model: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> LogitDifference:
     """Compares two models in evaluation mode on 128 tokens of their vocabulary."""
     tokens = torch.arange(0, 128 * 97, 97)[None] % model.config.vocab_size
