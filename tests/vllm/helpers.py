@@ -1,5 +1,9 @@
 """Tiny chains, what transformers generates with them, and engines of vLLM."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +12,8 @@ from pathlib import Path
 import torch
 
 from modeling_coe import CoeConfig, CoeForCausalLM
+
+from ..helpers import ROOT
 
 
 CONTEXT = 256
@@ -144,3 +150,32 @@ def assert_same_generations(results: list[tuple[list[int], list[float]]], expect
                 break
     assert draws <= 1, f"{draws} of {len(expected)} prompts were draws"
     assert max(differences) <= 1e-2 and sum(differences) / len(differences) <= 1e-3
+
+
+def assert_served_apart(
+    fields: dict, folder: Path, saving: dict | None = None, several: bool = False, **options
+) -> None:
+    """Asserts the same of an engine in a process of its own: one with `several` workers, or one that compiles, whose
+    hooks would outlive it.
+
+    Args:
+        fields: Of the model.
+        folder: Where it is saved, with the options `saving`.
+        several: Whether the engine has workers in further processes.
+        options: Of the engine.
+    """
+    arguments = map(json.dumps, (fields, options, saving or {}))
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(several)),
+        "PYTHONPATH": str(ROOT),
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.engine_worker", str(folder), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0 and "The tokens are equal." in run.stdout, run.stdout[-2000:] + run.stderr[-4000:]

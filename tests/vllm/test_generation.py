@@ -5,6 +5,7 @@ import pytest
 from .helpers import (
     NEW_TOKENS,
     assert_same_generations,
+    assert_served_apart,
     build_model,
     build_prompts,
     count,
@@ -139,8 +140,4 @@ def test_tokens_do_not_depend_on_chunks_prefixes_and_preemption(model, tmp_path)
 
 
 def test_compiled_models_generate_the_same(tmp_path):
-    model = build_model(**MODELS["qwen2_moe, split"])
-    model.save_pretrained(tmp_path)
-    prompts = build_prompts()
-    with engine(tmp_path, enforce_eager=False) as llm:
-        assert_same_generations(serve(llm, prompts), generate(model, prompts))
+    assert_served_apart(MODELS["qwen2_moe, split"], tmp_path, enforce_eager=False)

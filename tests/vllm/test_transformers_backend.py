@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_coe import CoeModel
 
-from .helpers import assert_same_generations, build_model, build_prompts, engine, generate, serve
+from .helpers import assert_same_generations, assert_served_apart, build_model, build_prompts, engine, generate, serve
 from .test_generation import MODELS
 
 
@@ -103,7 +103,8 @@ def test_latents_without_a_kernel_need_the_cache_of_heads(name, tmp_path, monkey
 
 
 def test_compiled_models_and_the_fused_layout(tmp_path):
-    assert_served(MODELS["qwen2_moe, split"], tmp_path, save={"save_original_format": False}, enforce_eager=False)
+    options = {"model_impl": "transformers", "enforce_eager": False}
+    assert_served_apart(MODELS["qwen2_moe, split"], tmp_path, {"save_original_format": False}, **options)
 
 
 @pytest.mark.parametrize("use_igate", [True, False])
