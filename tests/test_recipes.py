@@ -46,6 +46,7 @@ ASK = "python examples/serve/ask.py --model runs/demo/model"
 QUESTION = "Ann has 7 pens. Ann buys 3 packs with 5 pens in each pack. How many pens does Ann have now?"
 LOAD = "python examples/serve/load.py --model runs/demo/model --output-dir runs/load --engines vllm transformers"
 FLOAT32 = "--vllm-args=--dtype float32 --transformers-args=--dtype float32"
+SERVER = ".venv-vllm/bin/python -m vllm.entrypoints.openai.api_server"
 CURL = '{"model": "runs/demo/model", "prompt": "Ben has 5 apples.", "max_tokens": 40, "temperature": 0}'
 NOT_RUN = {
     f"torchrun --nproc-per-node 2 {MANY} --ep-size 2 --steps 200 --eval-steps 50 --save-steps 50 --resume": (
@@ -62,7 +63,7 @@ NOT_RUN = {
     "vllm serve runs/demo/model --dtype float32": "it runs until it is stopped; tests/vllm/test_server_faults.py",
     f"{LOAD} {FLOAT32}": "it needs vLLM; tests/vllm/test_serve.py",
     "make vllm": "it needs the network",
-    ".venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model runs/demo/model --dtype float32": (
+    f"{SERVER} --model runs/demo/model --dtype float32 --gpu-memory-utilization 0.3": (
         "it runs until it is stopped; tests/vllm/test_server_faults.py"
     ),
     f"curl http://localhost:8000/v1/completions -H Content-Type: application/json -d {CURL}": "it needs that server",
