@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_coe.checkpoint import shorten
+
 
 class ConversionError(ValueError):
     """Why a conversion cannot be done, in words for whoever asked for it."""
@@ -290,9 +292,3 @@ def parse_size(size: str | int) -> int:
     if not match or not 0 < float(match[1]) < math.inf:
         raise ConversionError(f"`--max-shard-size {size}` is not a size. Write it like `5GB` or `300MB`.")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
-
-
-def shorten(names: Iterable[str], limit: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -37,6 +37,12 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
     return keys
 
 
+def shorten(names: Iterable[str], limit: int = 4) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
     """Names of what makes sparse layer `layer_idx` a chain (routers, experts, scales), in the fused layout or in the
     official one."""
@@ -87,8 +93,7 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
         counted = {name for name in names if _COUNTED_KEY.match(name)}
         for kind, wrong in (("lacks", expected - names), ("has, beyond the model's,", counted - expected)):
             if wrong:
-                shown = ", ".join(sorted(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-                problems.append(f"layers.{layer_idx} {kind} {shown}")
+                problems.append(f"layers.{layer_idx} {kind} {shorten(sorted(wrong))}")
     if problems:
         raise ValueError(
             "The checkpoint does not fit its configuration:\n  "

@@ -70,6 +70,12 @@ def tiny_model(seed: int = 0, **overrides) -> CoeForCausalLM:
     return CoeForCausalLM(tiny_config(**overrides)).eval()
 
 
+def save_chain(folder: Path, length: int) -> None:
+    """A chain of two iterations with random weights for `length` tokens, and a tokenizer of characters."""
+    tiny_model(inner_iter=2, max_position_embeddings=length, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
 def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     """Token ids without the special ones (0 to 2)."""
     return torch.randint(3, vocab_size, shape)

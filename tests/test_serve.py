@@ -16,7 +16,7 @@ from serve.server import free_port, running
 
 from modeling_coe.command_line import InputError
 
-from .helpers import ROOT, byte_tokenizer, tiny_model
+from .helpers import ROOT, byte_tokenizer, save_chain, tiny_model
 
 
 needs_server = pytest.mark.skipif(
@@ -46,8 +46,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def folder(tmp_path_factory) -> Path:
     """A chain with random weights and a tokenizer of characters."""
     folder = tmp_path_factory.mktemp("chain")
-    tiny_model(inner_iter=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_chain(folder, 1024)
     return folder
 
 

@@ -1,17 +1,16 @@
 """transformers' own ways to serve: continuous batching, and `transformers serve` asked by OpenAI's client."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from serve.server import TRANSFORMERS, free_port, is_healthy
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
@@ -25,7 +24,6 @@ from .test_backbones import WINDOWS, randomize
 LATENT = [name for name, backbone in BACKBONES.items() if backbone.has_latent_attention]
 PAGED = [name for name in BACKBONES if name not in LATENT]
 NEW_TOKENS = 8
-SERVER = "import modeling_coe; from transformers.cli.transformers import main; main()"
 
 
 def greedy(model: CoeForCausalLM, prompt: list[int]) -> list[int]:
@@ -93,26 +91,12 @@ def test_latent_attention_refuses_and_stays_as_it_was(backbone, entry):
 # ---- transformers serve ---------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def wait_until(holds: Callable[[], bool], log: Path) -> None:
     for _ in range(600):
         if holds():
             return
         time.sleep(0.2)
     raise AssertionError(log.read_text())
-
-
-def is_healthy(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/health", timeout=60).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager
@@ -122,7 +106,7 @@ def serving(log: Path, *options: str) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "serve", "--host", "127.0.0.1", "--port", str(port), *options],
+            [sys.executable, *TRANSFORMERS, "--host", "127.0.0.1", "--port", str(port), *options],
             cwd=log.parent,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             stdout=output,

@@ -30,7 +30,7 @@ from vllm.sequence import IntermediateTensors
 
 from configuration_coe import BACKBONES, CoeConfig
 from modeling_coe import CoeForCausalLM as CoeForCausalLMOfTransformers
-from modeling_coe.checkpoint import check_chain_keys
+from modeling_coe.checkpoint import check_chain_keys, shorten
 from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain
 
 from .attention import build_attention
@@ -218,8 +218,9 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         dropped = {name for name in set(names) - expected if name.endswith(".bias")}
         for problem, wrong in (("lacks", missing), ("has, beyond the model's,", dropped)):
             if wrong:
-                shown = ", ".join(sorted(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-                raise ValueError(f"The checkpoint {problem} {shown}. Correct it or its configuration.")
+                raise ValueError(
+                    f"The checkpoint {problem} {shorten(sorted(wrong))}. Correct it or its configuration."
+                )
 
     def _names_elsewhere(self, names: list[str]) -> Iterator[str]:
         """Names of the experts that other ranks compute, which vLLM does not read here: as those computed here."""

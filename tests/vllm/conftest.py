@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ..helpers import byte_tokenizer, tiny_model
+from ..helpers import save_chain
 
 
 # Read when an engine starts. On a CPU threads are those of the environment, caches are small, and the engine runs in
@@ -26,8 +26,7 @@ def needs_vllm():
 def chain_folder(tmp_path_factory) -> Path:
     """A chain of two iterations with random weights, and a tokenizer of characters."""
     folder = tmp_path_factory.mktemp("chain")
-    tiny_model(inner_iter=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_chain(folder, 256)
     return folder
 
 
