@@ -9,7 +9,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    Glm4MoeConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -38,6 +40,7 @@ class Backbone(NamedTuple):
         bias: Field that gives queries, keys and values a bias.
         bias_covers_output: Whether the output projection has one too.
         query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses.
+        norms_field: Field without which there are none of these norms.
         gates_shared_experts: By a sigmoid of the token.
         normalizes_single_expert: With one expert per token, `norm_topk_prob` makes its weight 1 or leaves it.
     """
@@ -48,6 +51,7 @@ class Backbone(NamedTuple):
     bias: str | None = "attention_bias"
     bias_covers_output: bool = True
     query_key_norms: Literal["all heads", "each head"] | None = None
+    norms_field: str | None = None
     gates_shared_experts: bool = False
     normalizes_single_expert: bool = True
 
@@ -67,6 +71,10 @@ BACKBONES = {
     "mixtral": Backbone(MixtralConfig, bias=None),
     "llama": Backbone(LlamaConfig),
     "qwen3": Backbone(Qwen3Config, has_window_by_layer=True, query_key_norms="each head"),
+    "glm4_moe": Backbone(
+        Glm4MoeConfig, bias_covers_output=False, query_key_norms="each head", norms_field="use_qk_norm"
+    ),
+    "minimax_m2": Backbone(MiniMaxM2Config, bias=None, query_key_norms="all heads"),
 }
 # Sizes of latent attention. Where there is none they are None: engines read `kv_lora_rank` as the sign of it.
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim")
@@ -139,8 +147,9 @@ class CoeConfig(DeepseekV2Config):
             One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
         backbone (`str`, defaults to `"deepseek_v2"`):
             The family of transformers whose attention, rotary embedding and norms are used: `"deepseek_v2"`,
-            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"` or `"qwen3"`. Fields of
-            that family's attention keep its names. `"qwen2_moe"` gates its shared experts by a sigmoid.
+            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"`, `"qwen3"`, `"glm4_moe"`
+            or `"minimax_m2"`. Fields of that family's attention keep its names. `"qwen2_moe"` gates its shared experts
+            by a sigmoid. `"glm4_moe"` and `"minimax_m2"` rotate `rope_parameters["partial_rotary_factor"]` of a head.
         n_routed_experts (`int`, *optional*, defaults to 64):
             Number of routed experts N of a sparse layer. `None` makes every layer dense.
         n_shared_experts (`int`, *optional*, defaults to 1):
@@ -194,6 +203,8 @@ class CoeConfig(DeepseekV2Config):
             Bound on queries, keys and values of `"olmoe"`.
         rope_interleave (`bool`, defaults to `True`):
             Whether `"deepseek_v3"` rotates neighbouring dimensions, rather than those half a head apart.
+        use_qk_norm (`bool`, defaults to `False`):
+            Whether queries and keys of `"glm4_moe"` have norms.
 
     ```python
     >>> from configuration_coe import CoeConfig
@@ -252,6 +263,7 @@ class CoeConfig(DeepseekV2Config):
     qkv_bias: bool = True
     clip_qkv: int | float | None = None
     rope_interleave: bool = True
+    use_qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
         model_type = kwargs.pop("model_type", self.model_type)
@@ -480,6 +492,14 @@ class CoeConfig(DeepseekV2Config):
         return len(self.sparse_layers)
 
     @property
+    def query_key_norms(self) -> Literal["all heads", "each head"] | None:
+        """The norms that queries and keys have: `Backbone.query_key_norms`, or none where a field leaves them out."""
+        backbone = BACKBONES[self.backbone]
+        return (
+            backbone.query_key_norms if backbone.norms_field is None or getattr(self, backbone.norms_field) else None
+        )
+
+    @property
     def shared_expert_width(self) -> int:
         """Width of the MLP of all shared experts, 0 where there are none."""
         if not self.n_shared_experts:
@@ -552,7 +572,7 @@ class CoeConfig(DeepseekV2Config):
                 return parameters + hidden * heads * self.qk_head_dim
             return parameters + (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
         query, key = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        norms = {None: 0, "all heads": query + key, "each head": 2 * self.head_dim}[backbone.query_key_norms]
+        norms = {None: 0, "all heads": query + key, "each head": 2 * self.head_dim}[self.query_key_norms]
         biases = bias * (query + 2 * key + (hidden if backbone.bias_covers_output else 0))
         return 2 * hidden * (query + key) + biases + norms
 

@@ -10,7 +10,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
 )
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.minimax_m2.modeling_minimax_m2 import (
+    MiniMaxM2Attention,
+    MiniMaxM2RMSNorm,
+    MiniMaxM2RotaryEmbedding,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, MixtralRotaryEmbedding
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
@@ -47,4 +53,6 @@ BACKBONE_MODULES = {
     "mixtral": BackboneModules(MixtralAttention, MixtralRotaryEmbedding, MixtralRMSNorm),
     "llama": BackboneModules(LlamaAttention, LlamaRotaryEmbedding, LlamaRMSNorm),
     "qwen3": BackboneModules(Qwen3Attention, Qwen3RotaryEmbedding, Qwen3RMSNorm),
+    "glm4_moe": BackboneModules(Glm4MoeAttention, Glm4MoeRotaryEmbedding, Glm4MoeRMSNorm),
+    "minimax_m2": BackboneModules(MiniMaxM2Attention, MiniMaxM2RotaryEmbedding, MiniMaxM2RMSNorm),
 }

@@ -464,7 +464,7 @@ def _attention_bytes(config: CoeConfig, precision: Precision, tp_size: int) -> i
     query = heads * config.head_dim
     key = config.num_key_value_heads * query // config.num_attention_heads
     kept = _input_bytes(3, precision) * hidden + itemsize * (2 * query + 2 * key) + 4 * heads
-    return kept + (norm * (query + key) if backbone.query_key_norms is not None else 0)
+    return kept + (norm * (query + key) if config.query_key_norms is not None else 0)
 
 
 def _mlp_bytes(width: int, hidden: int, precision: Precision) -> int:

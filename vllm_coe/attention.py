@@ -176,7 +176,7 @@ def build_attention(vllm_config: VllmConfig, layer_idx: int, prefix: str) -> nn.
     if backbone.has_latent_attention:
         kind = LatentAttention if vllm_config.model_config.use_mla else ExpandedLatentAttention
         attention = kind(config, reference, vllm_config, prefix)
-    elif backbone.query_key_norms == "each head":
+    elif config.query_key_norms == "each head":
         is_windowed = backbone.has_window_by_layer and config.layer_types[layer_idx] == "sliding_attention"
         attention = Qwen3Attention(
             **sizes,
@@ -189,7 +189,7 @@ def build_attention(vllm_config: VllmConfig, layer_idx: int, prefix: str) -> nn.
             per_layer_sliding_window=config.sliding_window if is_windowed else None,
             **shared,
         )
-    elif backbone.query_key_norms == "all heads":
+    elif config.query_key_norms == "all heads":
         attention = OlmoeAttention(vllm_config=vllm_config, prefix=prefix)
         attention.q_norm.variance_epsilon = attention.k_norm.variance_epsilon = config.rms_norm_eps
     else:

@@ -142,6 +142,12 @@ def differences(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"`attention_bias` is True {attention} in its output projection. {TRANSFORMERS_BACKEND}"
     if backbone == "olmoe" and config.clip_qkv is not None:
         yield f"`clip_qkv` is {config.clip_qkv} {attention}. {TRANSFORMERS_BACKEND}"
+    head_dim = config.hidden_size // config.num_attention_heads
+    if config.query_key_norms == "all heads" and config.head_dim != head_dim:
+        yield (
+            f"`head_dim` is {config.head_dim} with `backbone={backbone!r}`, whose attention in vLLM has "
+            f"`hidden_size / num_attention_heads = {head_dim}`. {TRANSFORMERS_BACKEND}"
+        )
     yield from shared_differences(vllm_config)
 
 

@@ -94,6 +94,30 @@ MODELS = {
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "glm4_moe": {
+        "backbone": "glm4_moe",
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "head_dim": 64,
+        "upcycling": "split",
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "glm4_moe, no norms": {
+        "backbone": "glm4_moe",
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "minimax_m2": {
+        "backbone": "minimax_m2",
+        "num_attention_heads": 2,
+        "upcycling": "refine",
+        "n_shared_experts": 0,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
     "dense": {"backbone": "qwen3", "n_routed_experts": None},
 }
 # A prefill of at most 32 tokens a step, blocks that hold fewer tokens than eight sequences need, and blocks kept for

@@ -22,6 +22,7 @@ SERVED = {
         "mixtral",
         "llama",
         "qwen3",
+        "glm4_moe",
         "both, q_lora, biases",
     )
 } | {
@@ -52,6 +53,7 @@ WITHOUT_LATENT_KERNEL = {
 SERVED_HERE_ALONE = {
     "clip_qkv": {"backbone": "olmoe", "num_attention_heads": 2, "clip_qkv": 1.0, "n_shared_experts": 0},
     "attention_bias": {"backbone": "qwen3_moe", "attention_bias": True},
+    "head_dim": {**MODELS["minimax_m2"], "head_dim": 64},
     "hidden_act": {"backbone": "llama", "n_routed_experts": None, "hidden_act": "gelu"},
 }
 
