@@ -290,7 +290,7 @@ class CoeConfig(DeepseekV2Config):
         else:
             self.qk_nope_head_dim = self.qk_rope_head_dim = 0  # the parent computes with them
             super().__post_init__(**kwargs)
-            self.head_dim = self.hidden_size // self.num_attention_heads if head_dim is None else head_dim
+            self.head_dim = self._default_head_dim() if head_dim is None else head_dim
             for name in LATENT_SIZES:
                 setattr(self, name, None)
         self.validate_chain()
@@ -355,6 +355,17 @@ class CoeConfig(DeepseekV2Config):
                     f"`{name}` is {getattr(self, name)}, but `{source}` is {value}: it was changed after "
                     f"construction. Set `{name}` to {value} too."
                 )
+
+    def validate_architecture(self) -> None:
+        """Heads may have any width, and together another than the model: DeepSeek-V2's check of it is not ours."""
+
+    def _default_head_dim(self) -> int:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size}, no multiple of `num_attention_heads={self.num_attention_heads}`. "
+                "Set `head_dim`, or `num_attention_heads` to a divisor."
+            )
+        return self.hidden_size // self.num_attention_heads
 
     def _check_latent_sizes(self) -> None:
         _at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

@@ -16,9 +16,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_IN
 
 from modeling_coe.checkpoint import shorten
 
-
-class ConversionError(ValueError):
-    """Why a conversion cannot be done, in words for whoever asked for it."""
+from . import fp8
+from .errors import ConversionError
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,7 +25,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
-    """What the header of a file says about a tensor."""
+    """What the header of a file says about a tensor. A weight in FP8 has the dtype that it becomes."""
 
     file: str
     shape: tuple[int, ...]
@@ -38,13 +37,15 @@ class StoredTensor(NamedTuple):
 
 
 class Checkpoint:
-    """The weights of a folder. Opening it checks all files' headers; tensors are read when they are asked for.
+    """The weights of a folder. Opening it checks all files' headers; tensors are read when they are asked for. Weights
+    in FP8 are what they stand for, and their scales belong to them.
 
     Args:
         folder: A folder with `config.json` and the safetensors files that transformers would read there.
 
     Raises:
-        ConversionError: A file is missing, truncated, damaged, or not what the index says; or it is quantised.
+        ConversionError: A file is missing, truncated, damaged, or not what the index says; or it is quantised in
+            another way.
     """
 
     def __init__(self, folder: Path):
@@ -55,32 +56,37 @@ class Checkpoint:
                 f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to the weights. Merge "
                 "the two and save the model, or remove the adapter from (a copy of) the folder."
             )
-        if any(self.config_dict.get(name) for name in ("quantization_config", "compression_config")):
-            raise ConversionError(
-                "The source is quantised (`quantization_config` in its config.json). Convert the original weights in "
-                "float32, bfloat16 or float16."
-            )
+        self.block_scaling = fp8.BlockScaling.of(self.config_dict)
         self._files: dict[str, safe_open] = {}
-        self.tensors: dict[str, StoredTensor] = {}
+        self._stored: dict[str, StoredTensor] = {}
         listed = self._find_files()
         # The index may be wrong about which of its files holds a tensor: transformers reads all that they hold.
-        if lost := sorted(listed.keys() - self.tensors.keys()):
+        if lost := sorted(listed.keys() - self._stored.keys()):
             raise ConversionError(
                 f"{listed[lost[0]]} lacks tensors that the index lists in it: {shorten(lost)}. Download it again."
             )
+        self.scales = self._find_scales()
+        belonging = set(self.scales.values())
+        self.tensors = {
+            key: tensor._replace(dtype=self.block_scaling.dtype) if key in self.scales else tensor
+            for key, tensor in self._stored.items()
+            if key not in belonging
+        }
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Size of all that the files hold."""
+        return sum(tensor.nbytes for tensor in self._stored.values())
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor, in memory of its own.
+        """One tensor, in memory of its own and as it is stored; what a weight in FP8 stands for is in float32.
 
         Raises:
             ConversionError: It holds NaN or infinity.
         """
         tensor = self._read(key)
+        if key in self.scales:
+            tensor = self.block_scaling.dequantize(tensor, self._read(self.scales[key]))
         check_finite(key, tensor)
         return tensor
 
@@ -88,12 +94,14 @@ class Checkpoint:
         """Whether two tensors are not bit by bit the same, without reading them as a whole."""
         if self.tensors[one][1:] != self.tensors[other][1:]:
             return True
+        if one in self.scales or other in self.scales:
+            return not torch.equal(self.read(one), self.read(other))
         length = self.tensors[one].shape[0]
         parts = (slice(start, min(start + rows, length)) for start in range(0, length, rows))
         return not all(torch.equal(self._read(one, part), self._read(other, part)) for part in parts)
 
     def _read(self, key: str, rows: slice | None = None) -> torch.Tensor:
-        file = self.tensors[key].file
+        file = self._stored[key].file
         try:
             opened = self._files[file]
             return opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
@@ -179,16 +187,41 @@ class Checkpoint:
         keys = opened.keys()
         for key in keys:
             header = opened.get_slice(key)
-            if key in self.tensors:
+            if key in self._stored:
                 raise ConversionError(
-                    f"`{key}` is in two files, {self.tensors[key].file} and {file}. Remove it from one of them."
+                    f"`{key}` is in two files, {self._stored[key].file} and {file}. Remove it from one of them."
                 )
-            if header.get_dtype() not in DTYPES:
+            code, dtypes = header.get_dtype(), DTYPES if self.block_scaling is None else DTYPES | fp8.DTYPES
+            if code not in dtypes:
                 raise ConversionError(
-                    f"`{key}` is stored as {header.get_dtype()}: the source is quantised, or is not made of weights "
+                    f"`{key}` is stored as {code}: the source is quantised, or is not made of weights "
                     f"only. Convert the original weights, in one of {', '.join(DTYPES)}."
                 )
-            self.tensors[key] = StoredTensor(file, tuple(header.get_shape()), DTYPES[header.get_dtype()])
+            self._stored[key] = StoredTensor(file, tuple(header.get_shape()), dtypes[code])
+
+    def _find_scales(self) -> dict[str, str]:
+        """Weights in FP8 -> the tensors with their scales, wherever those are stored."""
+        if self.block_scaling is None:
+            return {}
+        weights = {key: tensor for key, tensor in self._stored.items() if tensor.dtype in fp8.DTYPES.values()}
+        scales = {f"{key}{fp8.SCALES}": key for key in weights}
+        if lost := sorted(scales.keys() - self._stored.keys()):
+            raise ConversionError(f"Weights in FP8 lack their scales {shorten(lost)}. Download the source again.")
+        if lone := [key for key in self._stored if key.endswith(fp8.SCALES) and key not in scales]:
+            raise ConversionError(
+                f"There are scales of what is no weight in FP8: {shorten(lone)}. Download the source again."
+            )
+        for scale, key in scales.items():
+            shape, found = weights[key].shape, self._stored[scale].shape
+            if len(shape) != 2:
+                raise ConversionError(f"`{key}` is in FP8 and {list(shape)}. Only matrices in FP8 are converted.")
+            if found != (wanted := self.block_scaling.scales_shape(shape)):
+                raise ConversionError(
+                    f"`{scale}` is {list(found)}, but `quantization_config.weight_block_size="
+                    f"{list(self.block_scaling.block)}` makes {list(wanted)} of `{key}` {list(shape)}. Correct it, or "
+                    "download the source again."
+                )
+        return {key: scale for scale, key in scales.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import modeling_coe  # noqa: F401  registers the Auto classes
 from configuration_coe import CoeConfig
@@ -63,6 +64,8 @@ _LIMITED = (
 )
 # Fields of the rotary embedding that it divides by, or takes powers of.
 _POSITIVE_IN_ROPE = ("rope_theta", "factor")
+# Where the weights are, and how they are stored, is no property of the model: the checkpoint has read it.
+_OF_WEIGHTS = ("transformers_weights", "quantization_config", "compression_config")
 # Fields of any configuration that transformers reads without looking.
 _TYPES = {"architectures": list, "auto_map": dict, "attn_implementation": str | dict}
 
@@ -73,8 +76,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         ConversionError: Names the field, its value and what to do about it.
     """
-    # Where the weights are is no property of the model: the checkpoint has found them.
-    values = {name: value for name, value in checkpoint.config_dict.items() if name != "transformers_weights"}
+    values = {name: value for name, value in checkpoint.config_dict.items() if name not in _OF_WEIGHTS}
     supported = [*FAMILIES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
     if values.get("model_type") not in supported:
         raise ConversionError(
@@ -82,6 +84,16 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             f"Choose a source of one of these: {', '.join(supported)}."
         )
     _check_values(values, checkpoint)
+    family = FAMILIES.get(values["model_type"])
+    if family is not None and values["model_type"] in family.aliases:
+        name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family.model_type]].__name__
+        if values.get("architectures") != [name]:
+            raise _wrong(
+                "architectures",
+                values.get("architectures"),
+                f"and transformers knows `{values['model_type']}` as {name} alone",
+            )
+        values["model_type"] = family.model_type
     try:
         return _build(values)
     except Exception as error:  # of whatever check or computation a value has failed

@@ -99,7 +99,7 @@ class Family:
     """A family of source models, as declarations.
 
     Args:
-        model_type: The `model_type` of its `config.json`.
+        model_type: The `model_type` of its `config.json` and of transformers.
         backbone: The `CoeConfig.backbone` with the same attention, rotary embedding and norms.
         same: Fields of its config that `CoeConfig` has under the same name, beyond `COMMON_FIELDS`.
         renamed: Fields of its config -> fields of `CoeConfig` with the same meaning.
@@ -114,6 +114,8 @@ class Family:
             called `mlp.gate` here, whatever the number of iterations.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
         dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
+        aliases: What a `config.json` beside code of its own may have as `model_type`, where that code is what
+            transformers has: `architectures` says so, by which transformers loads it then.
     """
 
     model_type: str
@@ -129,6 +131,7 @@ class Family:
     keys: dict[str, str] = field(default_factory=dict)
     dropped_keys: dict[str, str] = field(default_factory=dict)
     dense: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def fields(self) -> dict[str, str]:

@@ -41,6 +41,12 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
         plan = _plan_from_chain(checkpoint, config, options)
     else:
         plan = _plan_to_chain(checkpoint, config, options)
+    if checkpoint.scales:
+        rows, columns = checkpoint.block_scaling.block
+        plan.remarks.append(
+            f"{len(checkpoint.scales)} weights of the source are in FP8, scaled by blocks of {rows} x {columns}. "
+            f"They become {options.dtype or checkpoint.block_scaling.dtype}."
+        )
     drop_tied_head(plan)
     account(plan)
     return plan

@@ -46,7 +46,7 @@ def make_report(plan: Plan, source: str, verification: Verification) -> dict[str
     created = sorted(output.name for output in plan.outputs if output.is_new)
     options = {name: value for name, value in vars(plan.options).items() if value not in (None, False)}
     return {
-        "source": {"name": source, "model_type": plan.checkpoint.config_dict["model_type"]},
+        "source": {"name": source, "model_type": plan.checkpoint.config_dict["model_type"], **_dequantized(plan)},
         "options": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()},
         "exact": plan.exact,
         "explanation": plan.explanation,
@@ -72,6 +72,21 @@ def make_report(plan: Plan, source: str, verification: Verification) -> dict[str
             "precision": "float32"
             + (f", after the source was rounded to {plan.options.dtype}" if plan.options.dtype else ""),
         },
+    }
+
+
+def _dequantized(plan: Plan) -> dict[str, Any]:
+    """Which of the source's weights were in FP8, and what they have become."""
+    if not plan.checkpoint.scales:
+        return {}
+    scaling = plan.checkpoint.block_scaling
+    return {
+        "dequantized": {
+            "quant_method": "fp8",
+            "tensors": len(plan.checkpoint.scales),
+            "weight_block_size": list(scaling.block),
+            "dtype": str(plan.options.dtype or scaling.dtype),
+        }
     }
 
 

@@ -7,7 +7,7 @@ files. Neither the conversion's tables nor its way of reading take part, so a fa
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
@@ -131,7 +132,8 @@ def compare(
         source: The folder of the one model.
         result: That of the other.
         batch: The tokens.
-        dtype: What the source's tensors are rounded to first: what the result is stored as, if that is another.
+        dtype: What the source's tensors are rounded to first: what the result is stored as, if that is another. What
+            weights in FP8 stand for is rounded in any case, to the dtype of the configuration by default.
         tolerance: Largest difference; by default `1e-4 * max(1, largest logit)`.
         on_read: Called with the size of every tensor that is read.
 
@@ -181,17 +183,33 @@ def compute_logits(
 ) -> torch.Tensor:
     """Logits (tokens that are no padding, vocabulary) in float32 of a folder's model, as `from_pretrained` loads it
     but never in memory as a whole."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config, options = _load_config(folder), {}
+    if getattr(config, "quantization_config", None):
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet_loading():
-        model_class = _on_demand(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
-        model = model_class.from_pretrained(folder, dtype=torch.float32)
+        model_class = _on_demand(model_class, dtype, config.dtype or torch.bfloat16, on_read)
+        model = model_class.from_pretrained(folder, config=config, dtype=torch.float32, **options)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[batch.attention_mask.bool()]
 
 
-def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on_read) -> type[PreTrainedModel]:
+def _load_config(folder: Path) -> PreTrainedConfig:
+    """A folder's configuration. Where `model_type` is that of code beside the weights, transformers is asked for the
+    type of the class that `architectures` names."""
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    named = {}
+    if values["model_type"] not in CONFIG_MAPPING:
+        named["model_type"] = getattr(transformers, values["architectures"][0]).config_class.model_type
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, **named)
+
+
+def _on_demand(
+    model_class: type[PreTrainedModel], dtype: torch.dtype | None, fp8_dtype: torch.dtype, on_read: Callable
+) -> type[PreTrainedModel]:
     """A model class whose `from_pretrained` leaves the weights where they are: embedding, layers, norm and head are
-    read when they are called, and dropped afterwards."""
+    read when they are called, and dropped afterwards. Tensors are rounded to `dtype`, and what weights in FP8 stand
+    for to that or `fp8_dtype`."""
 
     def load(model, state_dict, checkpoint_files, load_config: LoadStateDictConfig):
         tensors: dict[str, _LazyTensor] = {}
@@ -200,8 +218,13 @@ def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on
             opened = safe_open(file, framework="pt", backend="pread")
             keys = opened.keys()
             tensors |= {key: _LazyTensor(opened, key, dtype, on_read) for key in keys}
+        if load_config.hf_quantizer is not None:
+            block = load_config.hf_quantizer.quantization_config.weight_block_size
+            for key in [key for key in tensors if key.endswith("_scale_inv")]:
+                weight = tensors[key.removesuffix("_scale_inv")]
+                tensors[key] = _LazyScales(tensors[key].file, key, None, on_read, shape=weight.shape, block=block)
         read = partial(model_class._load_pretrained_model, model, checkpoint_files=None, load_config=load_config)
-        _add_hooks(model, tensors, load_config.weight_mapping or [], read)
+        _add_hooks(model, tensors, load_config.weight_mapping or [], read, dtype or fp8_dtype)
         info, _ = read({})
         info.missing_keys.clear()  # they are yet to come
         return info, None
@@ -211,7 +234,13 @@ def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on
     return type(model_class.__name__, (model_class,), names)
 
 
-def _add_hooks(model: PreTrainedModel, tensors: dict[str, "_LazyTensor"], mapping: list, read: Callable) -> None:
+def _add_hooks(
+    model: PreTrainedModel,
+    tensors: dict[str, "_LazyTensor"],
+    mapping: list,
+    read: Callable,
+    fp8_dtype: torch.dtype,
+) -> None:
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
     state = model.state_dict()
@@ -219,10 +248,14 @@ def _add_hooks(model: PreTrainedModel, tensors: dict[str, "_LazyTensor"], mappin
     blocks = {"model.embed_tokens": model.model.embed_tokens, **layers}
     blocks |= {"model.norm": model.model.norm, "lm_head": model.lm_head}
     keys: dict[str, list[str]] = defaultdict(list)
+    dequantized: dict[str, set[str]] = defaultdict(set)
     for key in tensors:
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name in state:
-            keys[next(block for block in blocks if name.startswith(f"{block}."))].append(key)
+            block = next(block for block in blocks if name.startswith(f"{block}."))
+            keys[block].append(key)
+            if tensors[key].is_fp8:
+                dequantized[block].add(name)
     if model.config.tie_word_embeddings:
         keys["lm_head"] = keys["model.embed_tokens"]
 
@@ -238,6 +271,10 @@ def _add_hooks(model: PreTrainedModel, tensors: dict[str, "_LazyTensor"], mappin
             raise ConversionError(
                 f"transformers cannot load {block} as `{model.config.model_type}`: {shorten(problems)}."
             )
+        module.float()  # before 5.24, what is stored beside weights in FP8 keeps its dtype
+        for name in dequantized[block]:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.to(fp8_dtype))
 
     def drop(module: nn.Module, *_) -> None:
         module.to("meta")
@@ -250,13 +287,40 @@ def _add_hooks(model: PreTrainedModel, tensors: dict[str, "_LazyTensor"], mappin
 class _LazyTensor:
     """A tensor of a file that is read, and rounded, when transformers' loading code asks for it."""
 
-    def __init__(self, file: safe_open, key: str, dtype: torch.dtype | None, on_read):
+    def __init__(self, file: safe_open, key: str, dtype: torch.dtype | None, on_read: Callable):
         self.file, self.key, self.dtype, self.on_read = file, key, dtype, on_read
+
+    @property
+    def shape(self) -> list[int]:
+        return self.file.get_slice(self.key).get_shape()
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.get_dtype().startswith("F8")
+
+    def get_dtype(self) -> str:
+        return self.file.get_slice(self.key).get_dtype()
 
     def __getitem__(self, _) -> torch.Tensor:
         tensor = self.file.get_tensor(self.key)
         self.on_read(tensor.nbytes)
-        return tensor.to(stored_dtype(self.key, tensor.dtype, self.dtype))
+        return tensor if self.is_fp8 else tensor.to(stored_dtype(self.key, tensor.dtype, self.dtype))
+
+
+class _LazyScales(_LazyTensor):
+    """Scales of a weight's blocks, for as many smaller blocks that none of them is cut off: transformers takes a block
+    to be the weight's size over the number of its scales."""
+
+    def __init__(self, *arguments, shape: list[int], block: Sequence[int]):
+        super().__init__(*arguments)
+        self.weight_shape, self.block = shape, block
+
+    def __getitem__(self, _) -> torch.Tensor:
+        scales = super().__getitem__(_)
+        for dim, (size, block) in enumerate(zip(self.weight_shape, self.block, strict=True)):
+            smaller = math.gcd(size, block)
+            scales = scales.repeat_interleave(block // smaller, dim).narrow(dim, 0, size // smaller)
+        return scales
 
 
 @contextmanager

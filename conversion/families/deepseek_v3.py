@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V3 and Moonlight: latent attention, sigmoid scores, a selection bias, groups ranked by their best two."""
+"""DeepSeek-V3, Kimi-K2, Moonlight: latent attention, sigmoid scores, a selection bias, groups ranked by two experts."""
 
 from ..family import Family
 
@@ -30,4 +30,5 @@ FAMILY = Family(
     required={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     implied=("head_dim", "qk_head_dim", "num_nextn_predict_layers"),
     dropped_keys={r"^model\.layers\.(\d+)\.": "predicts further tokens (MTP)"},
+    aliases=("kimi_k2",),
 )

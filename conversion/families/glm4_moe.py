@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""GLM-4.5 and its successors: half of every head is rotated, norms of queries and keys by choice, DeepSeek-V3's router."""
+"""GLM-4.5 and 4.6: half of every head is rotated, norms of queries and keys by choice, DeepSeek-V3's router."""
 
 from ..family import Family
 
@@ -22,6 +22,6 @@ FAMILY = Family(
     constants={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     derived={"num_nextn_predict_layers": lambda config: 0},
     required={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    implied=("num_nextn_predict_layers",),
+    implied=("num_nextn_predict_layers", "partial_rotary_factor"),  # the latter in `rope_parameters`
     dropped_keys={r"^model\.layers\.(\d+)\.": "predicts further tokens (MTP)"},
 )

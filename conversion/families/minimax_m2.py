@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""MiniMax-M2: a part of every head is rotated, norms over all queries and all keys, sigmoid scores, a selection bias."""
+"""MiniMax-M2: half of every head is rotated, norms over all queries and all keys, sigmoid scores, a selection bias."""
 
 from ..family import Family
 
@@ -20,8 +20,11 @@ FAMILY = Family(
     computed={"moe_intermediate_size": lambda config: config.intermediate_size},
     derived={"intermediate_size": lambda config: config.moe_intermediate_size},
     required={"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True, "shared_intermediate_size": 0},
-    implied=("rotary_dim",),  # in `rope_parameters`
-    left_out={"router_jitter_noise": "chains are trained without noise on the routers' input"},
+    implied=("rotary_dim", "partial_rotary_factor"),  # in `rope_parameters`
+    left_out={
+        "router_jitter_noise": "chains are trained without noise on the routers' input",
+        "use_mtp": "chains predict one token at a time",
+    },
     keys={
         "block_sparse_moe.gate.weight": "mlp.gate.weight",
         "block_sparse_moe.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
