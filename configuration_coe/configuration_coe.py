@@ -362,7 +362,8 @@ class CoeConfig(DeepseekV2Config):
     def _default_head_dim(self) -> int:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`hidden_size` is {self.hidden_size}, no multiple of `num_attention_heads={self.num_attention_heads}`. "
+                f"`hidden_size` is {self.hidden_size}, no multiple of `num_attention_heads="
+                f"{self.num_attention_heads}`. "
                 "Set `head_dim`, or `num_attention_heads` to a divisor."
             )
         return self.hidden_size // self.num_attention_heads

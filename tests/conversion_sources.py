@@ -1,7 +1,9 @@
 """Tiny checkpoints of every family that can be converted, made with transformers' own classes."""
 
 import copy
+import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from transformers import (
     Qwen3MoeConfig,
     SolarOpenConfig,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -274,6 +277,41 @@ def make_source(
     model.save_pretrained(folder, max_shard_size="60KB", save_original_format=not fused)
     save_tokenizer(folder)
     return folder
+
+
+def quantize(folder: Path, block: tuple[int, int] = (4, 4), pattern: str = r"(_proj|_mqa|\.w\d)\.weight$") -> None:
+    """Stores the matrices whose names match in FP8, with the scales of their blocks in a file of their own."""
+    index = {}
+    rows, columns = block
+    for file in [*folder.glob("*.safetensors")]:
+        tensors, scales = load_file(file), {}
+        for key in [key for key in tensors if re.search(pattern, key)]:
+            weight, scale = tensors[key].double(), f"{key}_scale_inv"
+            number = [-(-size // length) for size, length in zip(weight.shape, block, strict=True)]
+            scales[scale] = torch.empty(number)
+            for i, j in itertools.product(*map(range, number)):
+                part = weight[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+                scales[scale][i, j] = part.abs().max() / 448
+                part /= scales[scale][i, j].double()
+            tensors[key] = weight.to(torch.float8_e4m3fn)
+        save_file(tensors, file, {"format": "pt"})
+        name = file.name.replace("model", "scales")
+        index |= dict.fromkeys(tensors, file.name) | dict.fromkeys(scales, name)
+        save_file(scales, folder / name, {"format": "pt"})
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    edit_json(folder / "config.json", quantization_config=quantization | {"weight_block_size": list(block)})
+
+
+def dequantized(folder: Path, block: tuple[int, int] = (4, 4)) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, what those in FP8 stand for in float64."""
+    tensors = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for key in [key for key, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]:
+        weight, scales = tensors[key].double(), tensors.pop(f"{key}_scale_inv").double()
+        for i, j in itertools.product(*map(range, weight.shape)):
+            weight[i, j] *= scales[i // block[0], j // block[1]]
+        tensors[key] = weight
+    return tensors
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def test_every_backbone_has_a_configuration_and_classes():
         {"upcycling": "refine", "n_shared_experts": 2, "tie_word_embeddings": True},
         {"upcycling": "split", "chain_layers": [0], "n_shared_experts": None},
         {"shared_expert_intermediate_size": 40, "num_hidden_layers": 4, "decoder_sparse_step": 2},
-        {"num_hidden_layers": 4, "mlp_only_layers": [1, 2], "q_lora_rank": 12},
+        {"num_hidden_layers": 4, "mlp_only_layers": [1, 2], "q_lora_rank": 12, "use_qk_norm": True},
     ],
 )
 def test_parameters_are_counted(backbone, options):

@@ -1,5 +1,6 @@
 """What `coe-convert` cannot do: one message that names what is wrong and what to do, and nothing changes on disk."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from conversion import convert
 from conversion.cli import main
 from conversion.families import FAMILIES
 
-from .conversion_sources import edit_json, edit_tensor, make_source
+from .conversion_sources import edit_json, edit_tensor, make_source, quantize
 from .helpers import ROOT
 
 
@@ -52,6 +53,17 @@ def rope(*words: str, **values: Any) -> Case:
     )
 
 
+def fp8(*words: str, **changes: Any) -> Case:
+    """Some fields of the `quantization_config` of a source in FP8 have other values; `...` takes one away."""
+
+    def damage(source: Path) -> None:
+        fields = json.loads((source / CONFIG).read_text())["quantization_config"] | changes
+        fields = {name: value for name, value in fields.items() if value is not ...}
+        edit_json(source / CONFIG, quantization_config=fields)
+
+    return Case(["quantization_config", *words], damage, name="fp8")
+
+
 def write(file: str, content: str | bytes) -> Callable[[Path], Any]:
     encoded = content.encode() if isinstance(content, str) else content
     return lambda source: (source / file).write_bytes(encoded)
@@ -75,6 +87,12 @@ def tensor(key: str, change: Callable) -> Callable[[Path], Any]:
 
 def add(source: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(load_file(shard(source)) | tensors, shard(source), {"format": "pt"})
+
+
+def unlist(source: Path, part: str) -> None:
+    """The index says nothing of tensors with some part in their names."""
+    listed = json.loads((source / INDEX).read_text())["weight_map"]
+    edit_json(source / INDEX, weight_map={key: file for key, file in listed.items() if part not in key})
 
 
 def only_bin(source: Path) -> None:
@@ -197,6 +215,37 @@ CONFIGS = {
     "architectures": one("architectures", "Qwen3MoeForCausalLM", "Correct or remove"),
     "auto_map": one("auto_map", 3, "Correct or remove"),
     "quantised": config("quantization_config", "original weights", quantization_config={"quant_method": "fp8"}),
+    "quantised by text": config("quantization_config", "'awq'", "original weights", quantization_config="awq"),
+    "quantised otherwise": fp8("quant_method", "'compressed-tensors'", "original", quant_method="compressed-tensors"),
+    "quantised by nothing": fp8("quant_method=None", "original weights", quant_method=...),
+    "FP8 of fixed activations": fp8("activation_scheme", "'static'", "original weights", activation_scheme="static"),
+    "FP8 of another format": fp8("fmt", "'e5m2'", "original weights", fmt="e5m2"),
+    "FP8 without blocks": fp8("weight_block_size=None", "a scale for every block", weight_block_size=...),
+    "FP8 in rows": fp8("weight_block_size=[128]", "original weights", weight_block_size=[128]),
+    "FP8 in blocks of nothing": fp8("weight_block_size=[4, 0]", "original weights", weight_block_size=[4, 0]),
+    "FP8 in blocks of text": fp8("weight_block_size", "'4'", "original weights", weight_block_size=["4", "4"]),
+    "FP8 in other blocks": fp8(
+        "weight_block_size=[128, 128]", "[1, 1]", "_scale_inv", "Correct", weight_block_size=[128, 128]
+    ),
+    "type of other code": one("model_type", "kimi_linear", "Choose", name="deepseek_v3"),
+    "architecture of other code": config(
+        "architectures",
+        "'KimiForCausalLM'",
+        "DeepseekV3ForCausalLM",
+        "Correct",
+        name="deepseek_v3",
+        model_type="kimi_k2",
+        architectures=["KimiForCausalLM"],
+    ),
+    "no architecture of other code": config(
+        "architectures",
+        "None",
+        "DeepseekV3ForCausalLM",
+        "Correct",
+        name="deepseek_v3",
+        model_type="kimi_k2",
+        architectures=...,
+    ),
     "unknown field": config("`is_causal=False`", "--ignore-fields", name="mixtral", is_causal=False),
     "scoring": config("scoring_func", "'softmax'", "'sigmoid'", "Correct", name="deepseek_v3", scoring_func="softmax"),
     "MTP count text": one("num_nextn_predict_layers", "one", "Correct", name="deepseek_v3"),
@@ -267,6 +316,60 @@ FILES = {
     "tokenizer of another model": Case(["`vocab_size=90`", "id", "Correct"], lambda source: shrink_vocabulary(source)),
     "8-bit tensor": Case(
         [EXPERT, "F8_E4M3", "quantised", "original"], tensor(EXPERT, lambda weight: weight.to(torch.float8_e4m3fn))
+    ),
+    "scale missing": Case(
+        [f"{EXPERT}_scale_inv", "lack", "Download"],
+        lambda source: [
+            edit_tensor(source, f"{EXPERT}_scale_inv", lambda _: None),
+            unlist(source, f"{EXPERT}_scale_inv"),
+        ],
+        name="fp8",
+    ),
+    "weight of a scale missing": Case(
+        [f"{EXPERT}_scale_inv", "no weight", "Download"],
+        lambda source: [edit_tensor(source, EXPERT, lambda _: None), unlist(source, EXPERT)],
+        name="fp8",
+    ),
+    "scale of a weight that is not in FP8": Case(
+        [f"{EXPERT}_scale_inv", "no weight in FP8", "Download"],
+        tensor(EXPERT, lambda weight: weight.float()),
+        name="fp8",
+    ),
+    "scale of another shape": Case(
+        [f"{EXPERT}_scale_inv", "[6, 7]", "[6, 8]", "weight_block_size=[4, 4]", "Correct"],
+        tensor(f"{EXPERT}_scale_inv", lambda scale: scale[:, :7]),
+        name="fp8",
+    ),
+    "scale of a row": Case(
+        [f"{EXPERT}_scale_inv", "[48]", "[6, 8]", "Correct"],
+        tensor(f"{EXPERT}_scale_inv", lambda scale: scale.flatten()),
+        name="fp8",
+    ),
+    "scale in 8 bits": Case(
+        [f"{EXPERT}_scale_inv", "U8", "original"],
+        tensor(f"{EXPERT}_scale_inv", lambda scale: scale.to(torch.uint8)),
+        name="fp8",
+    ),
+    "NaN in FP8": Case(
+        [f"`{EXPERT}`", "NaN", "damaged"],
+        tensor(EXPERT, lambda weight: weight.float().index_fill(0, torch.tensor([3]), torch.nan).to(weight.dtype)),
+        name="fp8",
+    ),
+    "infinite scale": Case(
+        [f"`{EXPERT}`", "infinity", "damaged"], tensor(f"{EXPERT}_scale_inv", lambda scale: scale / 0), name="fp8"
+    ),
+    "vector in FP8": Case(
+        ["`model.norm.weight`", "[32]", "Only matrices"],
+        lambda source: [
+            edit_tensor(source, "model.norm.weight", lambda norm: norm.to(torch.float8_e4m3fn)),
+            add(source, {"model.norm.weight_scale_inv": torch.ones(8)}),
+        ],
+        name="fp8",
+    ),
+    "other tensor in 8 bits": Case(
+        ["`model.norm.weight`", "F8_E5M2", "original"],
+        tensor("model.norm.weight", lambda norm: norm.to(torch.float8_e5m2)),
+        name="fp8",
     ),
     "integer tensor": Case([EXPERT, "I32", "original"], tensor(EXPERT, lambda weight: weight.int())),
     "NaN": Case(
@@ -384,6 +487,9 @@ def good(tmp_path_factory) -> Callable[[str], Path]:
             return root / name
         if name == "chain":
             convert(source("olmoe"), root / name, verify_tokens=8)
+            return root / name
+        if name == "fp8":
+            quantize(make_source(root / name, "qwen3_moe"))
             return root / name
         return make_source(root / name, name)
 

@@ -153,6 +153,7 @@ def test_residual_rules(flags):
         ({"chain_layers": [1, 2], "prenorm_residual": True}, ["chain_layers", "[2]", "[0, 1]"]),
         ({"chain_layers": [0], "mlp_only_layers": [0], "upcycling": "refine"}, ["chain_layers", "[0]", "[1]"]),
         ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
+        ({"backbone": "llama", "num_attention_heads": 6}, ["hidden_size", "32", "num_attention_heads=6", "head_dim"]),
     ],
 )
 def test_bad_values_name_field_value_and_remedy(fields, named):
@@ -160,6 +161,12 @@ def test_bad_values_name_field_value_and_remedy(fields, named):
         tiny_config(**fields)
     for text in named:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", ["deepseek_v3", "glm4_moe"])
+def test_heads_may_be_wider_than_the_model(backbone):
+    model = tiny_model(backbone=backbone, num_attention_heads=3, head_dim=16)
+    assert model.config.total_parameters == model.num_parameters()
 
 
 def test_zero_is_a_value_and_not_the_default():

@@ -39,6 +39,8 @@ BACKBONES = {
     "mixtral": {**GROUPED_QUERIES, "n_shared_experts": 0},
     "llama": GROUPED_QUERIES,
     "qwen3": GROUPED_QUERIES,
+    "glm4_moe": {**GROUPED_QUERIES, "use_qk_norm": True},
+    "minimax_m2": {**GROUPED_QUERIES, "n_shared_experts": 0},
 }
 EVERYTHING = {"attention": True, "experts": True, "routers": True, "shared_experts": True}
 NOTHING = dict.fromkeys(EVERYTHING, False)

@@ -23,7 +23,16 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM, LlamaConfig, PreTrainedModel, modeling_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV2ForCausalLM,
+    FineGrainedFP8Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    modeling_utils,
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -35,6 +44,7 @@ from transformers.core_model_loading import (
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.continuous_batching import ContinuousMixin
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
@@ -231,6 +241,46 @@ class TestLoading:
         )
         assert set(tiny_model(tie_word_embeddings=True).all_tied_weights_keys) == {"lm_head.weight"}, (
             "`coe-convert` would ask for a head that is tied"
+        )
+
+    def test_block_scaled_weights(self, tmp_path):
+        weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(torch.float8_e4m3fn)
+        tensors = {"a.weight": weight, "a.weight_scale_inv": torch.tensor([[2.0, 10.0]])}
+        (dequantized,) = Fp8Dequantize(hf_quantizer=None).convert(tensors)["a.weight"]
+        assert dequantized.tolist() == [[2, 20], [6, 40]] and dequantized.dtype == torch.float32, (
+            "`coe-convert` does not know what weights in FP8 stand for"
+        )
+        config = LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            quantization_config={"quant_method": "fp8", "weight_block_size": [4, 2]},
+        )
+        plain = LlamaConfig.from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+        LlamaForCausalLM(plain).save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(config.to_json_string())
+        calls = []
+
+        def load(model, state_dict, checkpoint_files, load_config):
+            calls.append((model, load_config))
+            return LlamaForCausalLM._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+
+        names = {"__module__": LlamaForCausalLM.__module__, "_load_pretrained_model": staticmethod(load)}
+        fp8 = FineGrainedFP8Config(dequantize=True)
+        type("LlamaForCausalLM", (LlamaForCausalLM,), names).from_pretrained(tmp_path, quantization_config=fp8)
+        ((model, load_config),) = calls
+        assert list(load_config.hf_quantizer.quantization_config.weight_block_size) == [4, 2], (
+            "`coe-convert` verifies weights in FP8 with scales for other blocks"
+        )
+        assert type(model.model.layers[0].mlp.up_proj) is nn.Linear, "`coe-convert` verifies what is still quantised"
+
+    def test_type_of_other_code(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "other", "hidden_size": 8}')
+        config = AutoConfig.from_pretrained(tmp_path, model_type="llama")
+        assert type(config) is LlamaConfig and config.model_type == "llama" and config.hidden_size == 8, (
+            "`coe-convert` cannot load a source whose `model_type` transformers does not know"
         )
 
     def test_initialization(self):

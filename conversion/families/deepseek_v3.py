@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V3, Kimi-K2, Moonlight: latent attention, sigmoid scores, a selection bias, groups ranked by two experts."""
+"""DeepSeek-V3, Kimi-K2, Moonlight: latent attention, sigmoid scores, a selection bias, groups ranked by best pairs."""
 
 from ..family import Family
 
