@@ -277,9 +277,9 @@ class TestLoading:
         assert type(model.model.layers[0].mlp.up_proj) is nn.Linear, "`coe-convert` verifies what is still quantised"
 
     def test_type_of_other_code(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "other", "hidden_size": 8}')
+        (tmp_path / "config.json").write_text('{"model_type": "other", "vocab_size": 8}')
         config = AutoConfig.from_pretrained(tmp_path, model_type="llama")
-        assert type(config) is LlamaConfig and config.model_type == "llama" and config.hidden_size == 8, (
+        assert type(config) is LlamaConfig and config.model_type == "llama" and config.vocab_size == 8, (
             "`coe-convert` cannot load a source whose `model_type` transformers does not know"
         )
 
