@@ -357,14 +357,14 @@ class CoeConfig(DeepseekV2Config):
                 )
 
     def validate_architecture(self) -> None:
-        """Heads may have any width, and together another than the model: DeepSeek-V2's check of it is not ours."""
+        """Takes any number of heads: they may together be of another width than the model, which DeepSeek-V2 forbids.
+        Part of `@strict` validation."""
 
     def _default_head_dim(self) -> int:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}, no multiple of `num_attention_heads="
-                f"{self.num_attention_heads}`. "
-                "Set `head_dim`, or `num_attention_heads` to a divisor."
+                f"{self.num_attention_heads}`. Set `head_dim`, or `num_attention_heads` to a divisor."
             )
         return self.hidden_size // self.num_attention_heads
 
@@ -507,9 +507,8 @@ class CoeConfig(DeepseekV2Config):
     def query_key_norms(self) -> Literal["all heads", "each head"] | None:
         """The norms that queries and keys have: `Backbone.query_key_norms`, or none where a field leaves them out."""
         backbone = BACKBONES[self.backbone]
-        return (
-            backbone.query_key_norms if backbone.norms_field is None or getattr(self, backbone.norms_field) else None
-        )
+        has_norms = backbone.norms_field is None or getattr(self, backbone.norms_field)
+        return backbone.query_key_norms if has_norms else None
 
     @property
     def shared_expert_width(self) -> int:

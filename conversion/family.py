@@ -114,8 +114,8 @@ class Family:
             called `mlp.gate` here, whatever the number of iterations.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
         dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
-        aliases: What a `config.json` beside code of its own may have as `model_type`, where that code is what
-            transformers has: `architectures` says so, by which transformers loads it then.
+        aliases: Other `model_type`s of the same architecture, those of code beside the weights. transformers does not
+            know them; `architectures` names the class that it has for them.
     """
 
     model_type: str

@@ -43,8 +43,8 @@ class BlockScaling(NamedTuple):
             raise _other("quant_method", method)
         if (scheme := fields.get("activation_scheme", "dynamic")) != "dynamic":
             raise _other("activation_scheme", scheme)
-        if (format := fields.get("fmt", _FORMATS[0])) not in _FORMATS:
-            raise _other("fmt", format)
+        if (fmt := fields.get("fmt", _FORMATS[0])) not in _FORMATS:
+            raise _other("fmt", fmt)
         block = fields.get("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
             raise _other("weight_block_size", block)

@@ -124,6 +124,21 @@ def test_tied_head_in_fp8(tmp_path):
         plan_conversion(source, Options())
 
 
+def test_layers_that_predict_further_tokens_are_dropped(sources, tmp_path):
+    """In FP8, as DeepSeek-V3 is published: scales go with their weights."""
+    source = Path(shutil.copytree(sources("deepseek_v3"), tmp_path / "source"))
+    file = sorted(source.glob("*.safetensors"))[0]
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(32, 64).to(torch.float8_e4m3fn)}
+    save_file(
+        load_file(file) | extra | {"model.layers.2.eh_proj.weight_scale_inv": torch.ones(8, 16)},
+        file,
+        {"format": "pt"},
+    )
+    edit_json(source / "config.json", num_nextn_predict_layers=1)
+    report = convert(source, tmp_path / "out", verify_tokens=8)
+    assert report["tensors"]["dropped"].keys() == extra.keys()
+
+
 def test_dense_source(tmp_path):
     source = make_source(tmp_path / "source", "llama")
     quantize(source)
