@@ -16,7 +16,7 @@ from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
 from .checkpoint import Checkpoint, ConversionError
-from .families import FAMILIES
+from .families import ALIASES, FAMILIES
 
 
 # What must be 1 or more, and what 0 or more. What depends on other fields is left to the classes of configurations.
@@ -77,23 +77,22 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         ConversionError: Names the field, its value and what to do about it.
     """
     values = {name: value for name, value in checkpoint.config_dict.items() if name not in _OF_WEIGHTS}
-    supported = [*FAMILIES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
+    supported = [*FAMILIES, *ALIASES, CoeConfig.model_type, OFFICIAL_MODEL_TYPE]
     if values.get("model_type") not in supported:
         raise ConversionError(
             f"`model_type` in config.json is {values.get('model_type')!r}, an architecture that is not supported. "
             f"Choose a source of one of these: {', '.join(supported)}."
         )
     _check_values(values, checkpoint)
-    family = FAMILIES.get(values["model_type"])
-    if family is not None and values["model_type"] in family.aliases:
-        name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family.model_type]].__name__
+    if known := ALIASES.get(values["model_type"]):
+        name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[known]].__name__
         if values.get("architectures") != [name]:
             raise _wrong(
                 "architectures",
                 values.get("architectures"),
                 f"and transformers knows `{values['model_type']}` as {name} alone",
             )
-        values["model_type"] = family.model_type
+        values["model_type"] = known
     try:
         return _build(values)
     except Exception as error:  # of whatever check or computation a value has failed

@@ -6,13 +6,13 @@ from math import prod
 import pytest
 
 from conversion.cli import main
-from conversion.families import FAMILIES
+from conversion.families import ALIASES, FAMILIES
 
 from .published_models import PUBLISHED, write_headers
 
 
 def test_every_family_is_there():
-    assert {values["model_type"] for _, values in PUBLISHED.values()} == set(FAMILIES)
+    assert {values["model_type"] for _, values in PUBLISHED.values()} == {*FAMILIES, *ALIASES}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -21,7 +21,8 @@ def test_published_model_is_accepted(tmp_path, capsys, name):
     shapes = write_headers(tmp_path, name)
     parameters = sum(map(prod, shapes.values()))
     assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    options = ["--upcycle", "copy"] if FAMILIES[values["model_type"]].dense else []
+    family = FAMILIES[ALIASES.get(values["model_type"], values["model_type"])]
+    options = ["--upcycle", "copy"] if family.dense else []
     code = main([str(tmp_path), str(tmp_path / "out"), "--dry-run", *options])
     printed = capsys.readouterr()
     assert code == 0, printed.err

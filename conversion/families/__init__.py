@@ -1,5 +1,5 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""The families that can be converted, one module each, by `model_type`. A new one is a new module and a line here."""
+"""The families that can be converted, one module each. A new one is a new module and a line here."""
 
 from . import (
     deepseek_v2,
@@ -20,7 +20,7 @@ from . import (
 
 
 FAMILIES = {
-    model_type: module.FAMILY
+    module.FAMILY.model_type: module.FAMILY
     for module in (
         deepseek_v2,
         deepseek_v3,
@@ -37,5 +37,6 @@ FAMILIES = {
         qwen3,
         mistral,
     )
-    for model_type in (module.FAMILY.model_type, *module.FAMILY.aliases)
 }
+# What transformers has under another name -> that name.
+ALIASES = {alias: family.model_type for family in FAMILIES.values() for alias in family.aliases}
