@@ -23,6 +23,7 @@ from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 from .families import FAMILIES
 from .plan import Plan
 from .source import Source
+from .tensors import Place
 from .verify import Verification
 
 
@@ -111,15 +112,21 @@ def describe(plan: Plan) -> str:
 
 
 def describe_cost(plan: Plan, folder: Path, sample: int = 64_000_000) -> str:
-    """Room and time that a conversion needs, for `--dry-run`: both by its bytes, and by how fast some of them are read
-    and written now.
+    """Room, memory and time that a conversion needs, for `--dry-run`: by its bytes, and by how fast some of them are
+    read and written now.
 
     Args:
         plan (`Plan`): The conversion.
         folder (`Path`): On the disk of the result. Nothing stays there.
         sample (`int`, defaults to 64,000,000): Bytes to read and write.
     """
-    lines = [f"{'bytes free':20}{'':20}{shutil.disk_usage(folder).free:>20,}"]
+    layers = Counter()
+    for output in plan.outputs:
+        layers[Place.of(output.name).layer] += 4 * torch.Size(output.shape).numel()
+    lines = [
+        f"{'bytes free':20}{'':20}{shutil.disk_usage(folder).free:>20,}",
+        f"{'bytes in memory':20}{'':20}{max(layers.values()):>20,}  (the largest layer in float32; and the program)",
+    ]
     read = written = 0
     reading = writing = 0.0
     with tempfile.TemporaryFile(dir=folder) as file:
