@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 # What has to hold on every release of transformers.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs balancing bias_balancing chain \
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
-	reference releases remote_code seams serving trainer_checkpoints training transformers)
+	reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
 .PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks evidence clean
 

@@ -53,8 +53,8 @@ class Checkpoint:
         self.config_dict = read_json(folder / CONFIG_NAME)
         if (folder / ADAPTER_CONFIG_NAME).exists():
             raise ConversionError(
-                f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to the weights. Merge "
-                "the two and save the model, or remove the adapter from (a copy of) the folder."
+                f"There is an {ADAPTER_CONFIG_NAME} in {folder}: transformers adds an adapter to the weights. Pass "
+                "`--merge-adapter` to merge it into them first, or remove it from (a copy of) the folder."
             )
         self.block_scaling = fp8.BlockScaling.of(self.config_dict)
         self._files: dict[str, safe_open] = {}
@@ -133,8 +133,7 @@ class Checkpoint:
             raise ConversionError(f"The index of the weights in {self.folder} lists no files. Download it again.")
         if wrong := [file for file in files if not file.endswith(".safetensors")]:
             raise ConversionError(
-                f"The weights in {self.folder} are {shorten(wrong)}. Only safetensors are read; load the model with "
-                "transformers and save it to get them."
+                f"The weights in {self.folder} are {shorten(wrong)}. Only safetensors are read. {self._resave}"
             )
         if missing := [file for file in files if not (self.folder / file).is_file()]:
             raise ConversionError(
@@ -170,12 +169,20 @@ class Checkpoint:
         if isinstance(error, OSError):
             return ConversionError(
                 f"There is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in {self.folder}. Only "
-                "safetensors are read; load the model with transformers and save it to get them."
+                f"safetensors are read. {self._resave}"
             )
         return ConversionError(
             f"transformers does not find the weights in {self.folder} ({type(error).__name__}: {error}). Correct "
             f"{index.name}."
         )
+
+    @property
+    def _resave(self) -> str:
+        """How safetensors are made of weights that transformers can read, or what GGUF files are read with."""
+        if gguf := sorted(self.folder.glob("*.gguf")):
+            return f"Read {gguf[0].name} with `--gguf-file {gguf[0].name}`."
+        load = f"M.from_pretrained('{self.folder}', dtype='auto').save_pretrained('NEW')"
+        return f'Make them: `python -c "from transformers import AutoModelForCausalLM as M; {load}"`.'
 
     def _add_file(self, file: str) -> None:
         try:

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from .checkpoint import ConversionError, parse_size
-from .converter import convert, find_source
+from .converter import convert, existing_parent
 from .families import FAMILIES
 from .plan import Options
 from .planner import plan_conversion
-from .report import describe
+from .report import describe, describe_cost, describe_families, summarise
+from .source import find_source, readable
 
 
 _MOST_LAYERS = 10_000
@@ -44,12 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parse_size(args.max_shard_size)
         if args.dry_run:
-            print(describe(plan_conversion(find_source(args.source)[0], options)))
+            found = find_source(args.source, args.revision, args.gguf_file)
+            with readable(found, existing_parent(args.out), args.merge_adapter) as source:
+                plan = plan_conversion(source.path, options, source.remarks)
+                print(describe(plan), describe_cost(plan, existing_parent(args.out)), sep="\n")
             return 0
         report = convert(
             args.source,
             args.out,
             options,
+            revision=args.revision,
+            gguf_file=args.gguf_file,
+            merge_adapter=args.merge_adapter,
             verify_tokens=args.verify,
             verify_text=None if args.verify_text is None else _read(args.verify_text),
             tolerance=args.tolerance,
@@ -73,16 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("coe-convert: interrupted, nothing was kept.", file=sys.stderr)
         return 1
-    figures = report["verification"]
-    inexact = (
-        f"NOT exact ({report['explanation']}): another function, by the differences below, that has to be trained"
-    )
-    print("exact" if report["exact"] else inexact)
-    print(f"verified on {figures['tokens']} tokens ({figures['text']}), in {figures['precision']}")
-    print(f"  largest difference  {figures['max_abs_difference']:.3e} (tolerance {figures['tolerance']:.1e})")
-    print(f"  mean difference     {figures['mean_abs_difference']:.3e}")
-    print(f"  largest logit       {figures['max_abs_logit']:.3f}")
-    print(f"  argmax agreement    {figures['argmax_agreement']:.2%}")
+    print(summarise(report))
     print(f"written to {args.out}" + (f" and uploaded to {args.push}" if args.push else ""))
     return 0
 
@@ -102,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         "verifies that it does.",
         epilog=f"Families: {', '.join(FAMILIES)}. Chain-of-Experts models go back with --to.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a local folder, or a repository of the Hub")
+    parser.add_argument(
+        "--list", action=_ListFamilies, help="what can be converted, and what of it is kept; then exit"
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a local folder or GGUF file, or a repository of the Hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     parser.add_argument(
         "--to",
@@ -135,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="fields of the source's config.json that are not known here and do not change what the model computes",
     )
+    source = parser.add_argument_group("sources")
+    source.add_argument("--revision", help="branch, tag or commit of the repository")
+    source.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of SOURCE, dequantised")
+    source.add_argument(
+        "--merge-adapter", action="store_true", help="merge the adapter in SOURCE into its base model first"
+    )
     dense = parser.add_argument_group("dense sources")
     dense.add_argument(
         "--upcycle", choices=("copy", "slice"), help="make experts of an MLP: copies of it, or slices along its width"
@@ -151,6 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--push", metavar="REPO", help="upload the result to the Hub")
     output.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     return parser
+
+
+class _ListFamilies(argparse.Action):
+    """As argparse's own `--version`: needs no other argument."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        print(describe_families())
+        parser.exit()
 
 
 def _positive(text: str) -> int:

@@ -3,9 +3,8 @@
 
 import errno
 import json
-import os
-import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
@@ -32,7 +31,6 @@ from .checkpoint import (
     Shard,
     check_finite,
     parse_size,
-    read_json,
     shard_name,
     write_index,
     write_shard,
@@ -40,32 +38,8 @@ from .checkpoint import (
 from .plan import Options, Output, Plan
 from .planner import plan_conversion
 from .report import make_report, write_card, write_report
+from .source import copy_files, find_carried, find_source, readable
 from .verify import Verification, compare, make_batch
-
-
-# Everything beside weights, config.json and code that belongs to a model.
-CARRIED_FILES = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "generation_config.json",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-)
-_DOWNLOADED_FILES = (
-    "config.json",
-    "adapter_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "README.md",
-    *CARRIED_FILES,
-)
 
 
 def convert(
@@ -73,6 +47,9 @@ def convert(
     out: str | Path,
     options: Options | None = None,
     *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    merge_adapter: bool = False,
     verify_tokens: int = 256,
     verify_text: str | None = None,
     tolerance: float | None = None,
@@ -84,9 +61,12 @@ def convert(
     """Converts a model and verifies the result. `out` holds all of it afterwards or, when this raises, nothing new.
 
     Args:
-        source (`str` or `Path`): A local folder or a repository of the Hub. It is never written to.
+        source (`str` or `Path`): A local folder, a local GGUF file or a repository of the Hub. It is never written to.
         out (`str` or `Path`): The folder to make.
         options (`Options`, *optional*): What to make of the source.
+        revision (`str`, *optional*): A branch, tag or commit of the repository.
+        gguf_file (`str`, *optional*): The GGUF file of the folder or repository to read, dequantised.
+        merge_adapter (`bool`, defaults to `False`): Merge the adapter that lies there into its base model first.
         verify_tokens (`int`, defaults to 256): Number of tokens to compare logits on.
         verify_text (`str`, *optional*): Where they are from, instead of the package's own text.
         tolerance (`float`, *optional*): Largest difference of a logit; by default 1e-4 times the largest logit.
@@ -104,76 +84,36 @@ def convert(
     if verify_tokens < 1:
         raise ConversionError(f"`--verify {verify_tokens}`: every conversion is verified, on one token or more.")
     shard_size = parse_size(max_shard_size)
-    folder, name = find_source(source)
+    found = find_source(source, revision, gguf_file)
     out = Path(out)
-    _check_target(out, folder, overwrite)
+    _check_target(out, found.path, overwrite)
     if push is not None:
         _check_repository(push)
-    plan = plan_conversion(folder, options or Options())
-    carried = _find_carried(folder)
-    batch = make_batch(folder, plan.source_config, verify_tokens, verify_text)
-    _check_space(out, plan.nbytes)
-    with _staged(out, overwrite) as staging:
-        with _bar("Writing", plan.nbytes, progress) as bar:
-            _write_weights(plan, staging, shard_size, bar)
-        _write_config(plan, staging)
-        for file in carried:
-            (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, staging / file.relative_to(folder))
-        with _bar("Verifying", plan.checkpoint.nbytes + plan.nbytes, progress) as bar:
-            verification = compare(folder, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
-        _judge(plan, verification)
-        report = make_report(plan, name, verification)
-        write_report(report, staging)
-        write_card(plan, name, folder, report, staging, push or out.resolve().name)
+    with readable(found, existing_parent(out), merge_adapter) as source:
+        plan = plan_conversion(source.path, options or Options(), source.remarks)
+        carried = find_carried(source.path)
+        batch = make_batch(source.path, plan.source_config, verify_tokens, verify_text)
+        _check_space(out, plan.nbytes)
+        with _staged(out, overwrite) as staging:
+            with _bar("Writing", plan.nbytes, progress) as bar:
+                _write_weights(plan, staging, shard_size, bar)
+            _write_config(plan, staging)
+            copy_files(carried, source.path, staging)
+            with _bar("Verifying", _bytes_compared(plan), progress) as bar:
+                verification = compare(source.path, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
+            _judge(plan, verification)
+            report = make_report(plan, source, verification)
+            write_report(report, staging)
+            write_card(plan, source, report, staging, push or out.resolve().name)
     if push is not None:
         _push(out, push)
     return report
 
 
 def _bar(what: str, nbytes: int, progress: bool) -> tqdm:
-    # `None`: only where there is a terminal to show it.
-    return tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, leave=False, disable=None if progress else True)
-
-
-def find_source(source: str | Path) -> tuple[Path, str]:
-    """The folder of a source, downloaded where it is a repository of the Hub, and its name without local paths.
-
-    Raises:
-        ConversionError: It is neither.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, path.resolve().name
-    if path.suffix == ".gguf":
-        raise ConversionError(
-            f"SOURCE {source} is a GGUF file. Load it with transformers (`from_pretrained(FOLDER, gguf_file="
-            f"{path.name!r})`), dequantised, and save model and tokenizer to a folder to convert."
-        )
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
-        raise ConversionError(
-            f"SOURCE {source} is neither a folder nor the name of a repository of the Hub. Choose one."
-        )
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_DOWNLOADED_FILES))), str(source)
-    except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(f"{source} is no local folder, and the Hub does not give it: {reason}") from error
-
-
-def _find_carried(folder: Path) -> list[Path]:
-    """The files of a folder that go over into the result as they are.
-
-    Raises:
-        ConversionError: One cannot be read, or is JSON by its name alone.
-    """
-    files = [file for pattern in CARRIED_FILES for file in sorted(folder.glob(pattern)) if not file.is_dir()]
-    for file in files:
-        if file.suffix == ".json":
-            read_json(file)
-        elif not os.access(file, os.R_OK):
-            raise ConversionError(f"{file.name} in {folder} cannot be read. Download it again, or remove it.")
-    return files
+    # What is not a terminal keeps all that it is shown: now and then is enough there.
+    mininterval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, mininterval=mininterval, disable=not progress)
 
 
 def _check_repository(name: str) -> None:
@@ -188,9 +128,8 @@ def _check_target(out: Path, source: Path, overwrite: bool) -> None:
     if target == source or source in target.parents or target in source.parents:
         raise ConversionError(f"OUT {out} and the source {source} lie in each other. Choose another OUT.")
     if not (out.exists() or out.is_symlink()):
-        nearest = next(parent for parent in target.parents if parent.exists())
-        if not nearest.is_dir():
-            raise ConversionError(f"OUT {out} cannot be made: {nearest} is a file. Choose another OUT.")
+        if not (parent := existing_parent(target)).is_dir():
+            raise ConversionError(f"OUT {out} cannot be made: {parent} is a file. Choose another OUT.")
         return
     if not overwrite:
         raise ConversionError(f"OUT {out} exists. Choose another, or pass `--overwrite`.")
@@ -198,8 +137,13 @@ def _check_target(out: Path, source: Path, overwrite: bool) -> None:
         raise ConversionError(f"OUT {out} is no folder of a model, which is all that `--overwrite` replaces.")
 
 
+def existing_parent(out: Path) -> Path:
+    """The nearest folder above a target that there is."""
+    return next(parent for parent in out.resolve().parents if parent.exists())
+
+
 def _check_space(out: Path, needed: int) -> None:
-    parent = next(parent for parent in out.resolve().parents if parent.exists())
+    parent = existing_parent(out)
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConversionError(
             f"The result takes {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free in {parent}."
@@ -218,6 +162,13 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise ConversionError(f"OUT {out} has been made by someone else meanwhile. Nothing was kept.") from error
         raise ConversionError(f"OUT {out} cannot be made ({error}). Nothing was kept. Choose another OUT.") from error
+
+
+def _bytes_compared(plan: Plan) -> int:
+    """What the verification reads: both models, and tied embeddings once more as the heads."""
+    embeddings = [output for output in plan.outputs if output.name == "model.embed_tokens.weight"]
+    again = [output.nbytes + plan.checkpoint.tensors[output.source].nbytes for output in embeddings]
+    return plan.checkpoint.nbytes + plan.nbytes + (sum(again) if plan.source_config.tie_word_embeddings else 0)
 
 
 def _write_weights(plan: Plan, folder: Path, max_shard_size: int, bar: tqdm) -> None:

@@ -113,6 +113,8 @@ class Family:
         keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
             called `mlp.gate` here, whatever the number of iterations.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
+        equal_backbones: Other backbones that compute the same where their fields are those that the family can have.
+            What is built on one can go back to this family too.
         dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
         aliases: Other `model_type`s of the same architecture, those of code beside the weights. transformers does not
             know them; `architectures` names the class that it has for them.
@@ -130,6 +132,7 @@ class Family:
     left_out: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     dropped_keys: dict[str, str] = field(default_factory=dict)
+    equal_backbones: tuple[str, ...] = ()
     dense: bool = False
     aliases: tuple[str, ...] = ()
 

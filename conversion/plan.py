@@ -65,6 +65,10 @@ class Output(NamedTuple):
     def is_new(self) -> bool:
         return self.rule.startswith("new")
 
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 @dataclass
 class Plan:
@@ -99,7 +103,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Size of the result's tensors."""
-        return sum(torch.Size(output.shape).numel() * output.dtype.itemsize for output in self.outputs)
+        return sum(output.nbytes for output in self.outputs)
 
 
 def drop_tied_head(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 """From a source and options to a plan: to a chain, from one back to its family, and to the official layout."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from .tensors import to_chain, to_source
 _SINGLE = {"inner_iter": 1, "prenorm_residual": True}
 
 
-def plan_conversion(folder: Path, options: Options) -> Plan:
+def plan_conversion(folder: Path, options: Options, remarks: Iterable[str] = ()) -> Plan:
     """Reads a source's configuration and the headers of its weights, and accounts for every tensor.
 
     Args:
         folder (`Path`): The source.
         options (`Options`): What to make of it.
+        remarks (`Iterable[str]`): What there is to say of it already.
 
     Raises:
         ConversionError: The source is damaged, unknown, at odds with its configuration, or cannot become what the
@@ -41,6 +43,7 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
         plan = _plan_from_chain(checkpoint, config, options)
     else:
         plan = _plan_to_chain(checkpoint, config, options)
+    plan.remarks[:0] = remarks
     if checkpoint.scales:
         rows, columns = checkpoint.block_scaling.block
         plan.remarks.append(
@@ -225,11 +228,7 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
             "Only chains of one iteration with `prenorm_residual=True`, and converted ones (`upcycling`), can be what "
             f"another family computes. This one has the residual rule {rule!r} and `inner_iter={config.inner_iter}`."
         )
-    families = [family for family in FAMILIES.values() if family.backbone == config.backbone and not family.dense]
-    if not families:
-        raise ConversionError(f"transformers has no mixture of experts with the attention of `{config.backbone}`.")
-    single = _single_iteration(config)
-    family, target = _first_that_fits(families, single)
+    family, single, target = _first_that_fits(config)
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
     problems = []
@@ -249,19 +248,27 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     return plan
 
 
-def _first_that_fits(families: list[Family], config: CoeConfig) -> tuple[Family, PreTrainedConfig]:
-    """The first family that can express a model, and its configuration. Where none can: what the first one lacks."""
+def _first_that_fits(config: CoeConfig) -> tuple[Family, CoeConfig, PreTrainedConfig]:
+    """The first family that can express a chain, the chain of one iteration on that family's backbone that it is equal
+    to, and the family's configuration."""
     errors = []
-    for family in families:
-        try:
-            return family, family.source_config(config)
-        except ConversionError as error:
-            errors.append(error)
-    raise errors[0]
+    for family in FAMILIES.values():
+        if not family.dense and config.backbone in (family.backbone, *family.equal_backbones):
+            single = _single_iteration(config, family.backbone)
+            try:
+                return family, single, family.source_config(single)
+            except ConversionError as error:
+                errors.append(error)
+    if not errors:
+        raise ConversionError(f"transformers has no mixture of experts with the attention of `{config.backbone}`.")
+    raise ConversionError(" ".join(map(str, errors)))
 
 
-def _single_iteration(config: CoeConfig) -> CoeConfig:
-    """The chain of one iteration that a chain with zero scales is equal to."""
+def _single_iteration(config: CoeConfig, backbone: str) -> CoeConfig:
+    """The chain of one iteration that a chain with zero scales is equal to, on an equal backbone."""
     top_k = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
-    changes = {"upcycling": None, "chain_layers": None, "use_igate": True, "num_experts_per_tok": top_k}
-    return _configure(config.to_dict() | _SINGLE | changes)
+    values = config.to_dict() | {"backbone": backbone, "num_experts_per_tok": top_k}
+    values |= {"upcycling": None, "chain_layers": None, "use_igate": True}
+    if backbone != config.backbone and set(values.get("layer_types") or ()) == {"full_attention"}:
+        del values["layer_types"]  # one backbone asks for them, another has no windows by layer
+    return _configure(values | _SINGLE)

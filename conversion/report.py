@@ -2,7 +2,11 @@
 """What a conversion reports: the plan in words, `conversion_report.json` and the model card."""
 
 import json
+import os
 import re
+import shutil
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import model_cards
 from configuration_coe import CoeConfig
+from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
+from .families import FAMILIES
 from .plan import Plan
+from .source import Source
+from .tensors import Place
 from .verify import Verification
 
 
@@ -34,19 +42,26 @@ def figures(config: CoeConfig) -> dict[str, int]:
     }
 
 
-def make_report(plan: Plan, source: str, verification: Verification) -> dict[str, Any]:
+def make_report(plan: Plan, source: Source, verification: Verification) -> dict[str, Any]:
     """What `conversion_report.json` holds.
 
     Args:
         plan (`Plan`): The conversion.
-        source (`str`): The source's name.
+        source (`Source`): Where it is from.
         verification (`Verification`): How it was verified.
     """
     used = Counter(output.source for output in plan.outputs if not output.is_new)
     created = sorted(output.name for output in plan.outputs if output.is_new)
     options = {name: value for name, value in vars(plan.options).items() if value not in (None, False)}
     return {
-        "source": {"name": source, "model_type": plan.checkpoint.config_dict["model_type"], **_dequantized(plan)},
+        "title": _title(plan),
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "gguf_file": source.gguf_file,
+            "model_type": plan.checkpoint.config_dict["model_type"],
+            **_dequantized(plan),
+        },
         "options": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()},
         "exact": plan.exact,
         "explanation": plan.explanation,
@@ -112,24 +127,100 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def describe_cost(plan: Plan, folder: Path, sample: int = 64_000_000) -> str:
+    """Room, memory and time that a conversion needs, for `--dry-run`: by its bytes, and by how fast some of them are
+    read and written now.
+
+    Args:
+        plan (`Plan`): The conversion.
+        folder (`Path`): On the disk of the result. Nothing stays there.
+        sample (`int`, defaults to 64,000,000): Bytes to read and write.
+    """
+    layers = Counter()
+    for output in plan.outputs:
+        layers[Place.of(output.name).layer] += 4 * torch.Size(output.shape).numel()
+    lines = [
+        f"{'bytes free':20}{'':20}{shutil.disk_usage(folder).free:>20,}",
+        f"{'bytes in memory':20}{'':20}{max(layers.values()):>20,}  (the largest layer in float32; and the program)",
+    ]
+    read = written = 0
+    reading = writing = 0.0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for key in plan.checkpoint.tensors:
+            begin = time.perf_counter()
+            tensor = plan.checkpoint.read(key)
+            reading += time.perf_counter() - begin
+            read += tensor.nbytes
+            begin = time.perf_counter()
+            written += file.write(tensor.flatten().view(torch.uint8).numpy())
+            os.fsync(file.fileno())
+            writing += time.perf_counter() - begin
+            if read >= sample:
+                break
+    # The source is read, the result written, and both are read again to be compared.
+    seconds = (2 * plan.checkpoint.nbytes + plan.nbytes) * reading / read + plan.nbytes * writing / written
+    rates = f"{read / reading / 1e6:,.0f} MB/s read, {written / writing / 1e6:,.0f} MB/s written here"
+    return "\n".join([*lines, f"{'time':20}{'':20}{f'{seconds:,.0f} s or more':>20}  ({rates})"])
+
+
+def describe_families() -> str:
+    """The families that can be converted, and what of them is not kept or must have one value, for `--list`."""
+    lines = []
+    for name, family in FAMILIES.items():
+        kind = "dense, with --upcycle" if family.dense else "experts"
+        lines.append(f"{name:20}{kind}; attention of {family.backbone}")
+        lines += [f"{alias:20}as {name}, by the class in `architectures`" for alias in family.aliases]
+        lines += [f"{'':20}  only `{field}={value}`" for field, value in family.required.items()]
+        lines += [f"{'':20}  without `{field}`: {reason}" for field, reason in family.left_out.items()]
+        lines += [f"{'':20}  without tensors {key}: {reason}" for key, reason in family.dropped_keys.items()]
+    lines.append(f"{CoeConfig.model_type:20}back, with --to source or --to official")
+    return "\n".join([*lines, f"{OFFICIAL_MODEL_TYPE:20}the official implementation's, with --to coe"])
+
+
+def summarise(report: dict[str, Any]) -> str:
+    """A report in some lines, to be read or pasted."""
+    source, tensors, figures = report["source"], report["tensors"], report["verification"]
+    inexact = "NOT exact ({}): another function, by the differences below, that has to be trained"
+    details = [source[name] for name in ("model_type", "revision", "gguf_file") if source[name]]
+    lines = [
+        report["title"],
+        "exact" if report["exact"] else inexact.format(report["explanation"]),
+        *report["remarks"],
+        f"source      {source['name']} ({', '.join(details)})",
+        f"parameters  {report['before']['total_parameters']:,} -> {report['after']['total_parameters']:,}, active "
+        f"{report['before']['active_parameters']:,} -> {report['after']['active_parameters']:,}",
+        f"result      {tensors['written']:,} tensors, {tensors['bytes'] / 1e9:,.2f} GB",
+        f"software    {', '.join(f'{name} {version}' for name, version in report['versions'].items())}",
+        f"verified on {figures['tokens']} tokens ({figures['text']}), in {figures['precision']}",
+        f"  largest difference  {figures['max_abs_difference']:.3e} (tolerance {figures['tolerance']:.1e})",
+        f"  mean difference     {figures['mean_abs_difference']:.3e}",
+        f"  largest logit       {figures['max_abs_logit']:.3f}",
+        f"  argmax agreement    {figures['argmax_agreement']:.2%}",
+    ]
+    if figures["perplexity"] is not None:
+        lines.append(
+            f"  perplexity          {figures['perplexity']:.5g}, the source's {figures['source_perplexity']:.5g}"
+        )
+    return "\n".join(lines)
+
+
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Writes `conversion_report.json`."""
     (folder / model_cards.REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, Any], folder: Path, name: str) -> None:
+def write_card(plan: Plan, source: Source, report: dict[str, Any], folder: Path, name: str) -> None:
     """Writes README.md, the model card, with the licence and language of the source's.
 
     Args:
         plan (`Plan`): The conversion.
-        source (`str`): The source's name.
-        source_folder (`Path`): Where it lies.
+        source (`Source`): Where it is from.
         report (`dict[str, Any]`): What `make_report` returned.
         folder (`Path`): Where to write to.
         name (`str`): What the result will be called.
     """
-    carried = _card_data(source_folder)
-    base_model = source if "/" in source else carried.get("base_model")
+    carried = _card_data(source.path)
+    base_model = source.name if "/" in source.name else carried.get("base_model")
     kept = {name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried}
     if plan.options.to == "coe":
         data, text = ModelCardData(**kept), ""

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
@@ -34,16 +35,26 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 class Batch(NamedTuple):
-    """Token ids (B, S), the mask of those that are no padding (B, S), and where they come from."""
+    """Token ids (B, S), the mask of those that are no padding (B, S), where they come from, and whether they are of a
+    text, which models predict, or random."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     origin: str
+    is_text: bool
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """What follows every token that is no padding, (tokens,); -100 after the last one of a row."""
+        following = self.input_ids.roll(-1, dims=1)
+        following[:, -1] = -100
+        return following[self.attention_mask.bool()]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison of two models' logits found, over all tokens that are no padding."""
+    """What the comparison of two models' logits found, over all tokens that are no padding, and the perplexity of both
+    where these are of a text."""
 
     tokens: int
     text: str
@@ -52,6 +63,8 @@ class Verification:
     max_abs_logit: float
     argmax_agreement: float
     tolerance: float
+    source_perplexity: float | None = None
+    perplexity: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -103,7 +116,7 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
         ids, origin = None, "random ids, since there is no tokenizer"
     else:
         raise ConversionError("`--verify-text`: the source has no tokenizer for it. Leave it out.")
-    if ids is None:
+    if not (is_text := ids is not None):
         ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     ids = (ids * math.ceil(tokens / len(ids)))[:tokens]
 
@@ -115,6 +128,7 @@ def make_batch(folder: Path, config: PreTrainedConfig, tokens: int, text: str | 
         torch.tensor([[0] * (length - len(row)) + row for row in rows]),
         torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         origin,
+        is_text,
     )
 
 
@@ -142,6 +156,7 @@ def compare(
     """
     expected = _checked_logits("source", source, batch, dtype, on_read)
     actual = _checked_logits("result", result, batch, None, on_read)
+    perplexities = [_perplexity(logits, batch) for logits in (expected, actual)]
     largest = expected.abs().max().item()
     agreement = (expected.argmax(-1) == actual.argmax(-1)).float().mean().item()
     difference = actual.sub_(expected).abs_()
@@ -153,7 +168,19 @@ def compare(
         max_abs_logit=largest,
         argmax_agreement=agreement,
         tolerance=RELATIVE_TOLERANCE * max(1.0, largest) if tolerance is None else tolerance,
+        source_perplexity=perplexities[0],
+        perplexity=perplexities[1],
     )
+
+
+def _perplexity(logits: torch.Tensor, batch: Batch) -> float | None:
+    targets = batch.targets
+    if not batch.is_text or (targets == -100).all():
+        return None
+    # In pieces: the whole would be converted to probabilities at once.
+    pieces = zip(logits.split(256), targets.split(256), strict=True)
+    loss = sum(F.cross_entropy(*piece, ignore_index=-100, reduction="sum").item() for piece in pieces)
+    return math.exp(loss / (targets != -100).sum().item())
 
 
 def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:

@@ -132,6 +132,23 @@ def download(repo: str, filename: str, **kwargs) -> dict:
     return {"text": Path(hf_hub_download(repo, filename, **kwargs)).read_text()}
 
 
+def push_source(folder: str, repo: str, seed: int) -> dict:
+    """Uploads a mixture of experts that is no chain."""
+    from tests.conversion_sources import make_source
+
+    make_source(Path(folder), "mixtral", seed=seed)
+    HfApi().create_repo(repo, exist_ok=True)
+    return {**push_folder(folder, repo), **facts_of(AutoModelForCausalLM.from_pretrained(folder))}
+
+
+def convert(repo: str, out: str, to: str = "coe", **kwargs) -> dict:
+    """Converts a repository by its name."""
+    import conversion
+
+    report = conversion.convert(repo, out, conversion.Options(to=to), verify_tokens=8, **kwargs)
+    return {"source": report["source"], **facts_of(AutoModelForCausalLM.from_pretrained(out))}
+
+
 def run_snippets(repo: str) -> dict:
     """Executes the Python blocks of a repository's card, one after the other."""
     card = Path(hf_hub_download(repo, "README.md")).read_text()

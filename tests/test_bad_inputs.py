@@ -298,11 +298,11 @@ FILES = {
         lambda source: add(source, {"model.norm.weight": torch.ones(32)}),
     ),
     "no weights": Case(
-        ["neither model.safetensors nor", INDEX, "save it"],
+        ["neither model.safetensors nor", INDEX, "save_pretrained('NEW')"],
         lambda source: [file.unlink() for file in source.glob("model*")],
     ),
-    "only pytorch_model.bin": Case(["pytorch_model.bin", "safetensors", "save it"], only_bin),
-    "adapter": Case(["adapter_config.json", "Merge"], write("adapter_config.json", "{}")),
+    "only pytorch_model.bin": Case(["pytorch_model.bin", "safetensors", "save_pretrained('NEW')"], only_bin),
+    "adapter": Case(["adapter_config.json", "`--merge-adapter`"], write("adapter_config.json", "{}")),
     "tokenizer.json cut": Case(["tokenizer.json", "not valid JSON", "download"], cut("tokenizer.json", 200)),
     "generation_config.json cut": Case(
         ["generation_config.json", "not valid JSON", "download"], cut("generation_config.json", 20)
@@ -521,7 +521,7 @@ def assert_message(error: str, words: list[str]) -> None:
     (start,) = [number for number, line in enumerate(lines) if line.startswith("coe-convert: ")]
     message = "\n".join(lines[start:])
     assert "Traceback" not in error and len(lines) - start <= 9, error
-    assert all(line.startswith(("usage:", " ")) for line in lines[:start]), error
+    assert all(line.startswith(("usage:", " ", "Writing:", "Verifying:")) for line in lines[:start]), error
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
 

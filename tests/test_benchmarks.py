@@ -233,6 +233,20 @@ def test_the_default_against_every_other_implementation(capsys):
     assert "weight gradient, float32" in output
 
 
+def test_a_conversion_is_measured(tmp_path, capsys):
+    shape = {"layers": 2, "hidden-size": 64, "experts": 16, "width": 32, "heads": 2, "vocab-size": 128}
+    options = [f"--{name}={value}" for name, value in shape.items()]
+    importlib.import_module("benchmarks.conversion").main(
+        [*options, "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
+    )
+    results = json.loads((tmp_path / "conversion-deepseek_v3.json").read_text())
+    experts = 2 * 16 * 3 * 64 * 32 * 2
+    assert experts < results["source_bytes"] and results["layer_bytes_in_float32"] == experts + experts // 16
+    assert results["peak_bytes"] > 1e8 and results["seconds"] > 0
+    assert (tmp_path / "conversion-deepseek_v3.md").read_text() in capsys.readouterr().out
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_a_run_of_the_upcycling_benchmark_is_what_its_options_say(tmp_path, monkeypatch):
     """Results are looked up by all that decides them: other options, data or another model make another run."""
     upcycling = importlib.import_module("benchmarks.upcycling")

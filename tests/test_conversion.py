@@ -364,13 +364,35 @@ def test_routers_that_differ_do_not_go_back_from_split(chains, tmp_path):
     assert torch.equal(weight, stored(tmp_path / "refine")[key])
 
 
-def test_dense_models_do_not_go_back_but_mistral_becomes_mixtral(sources, tmp_path):
-    for name in ("llama", "mistral"):
-        convert(sources(name), tmp_path / name, Options(upcycle="copy"), verify_tokens=4)
-    assert_refused(tmp_path / "llama", tmp_path / "back", "`solar_open` cannot express", options=Options(to="source"))
-    convert(tmp_path / "mistral", tmp_path / "back", Options(to="source"), verify_tokens=4)
-    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "mixtral"
-    assert_same_function(sources("mistral"), tmp_path / "back")
+@pytest.mark.parametrize(
+    ("name", "overrides", "model_type"),
+    [
+        ("llama", {"attention_bias": False}, "mixtral"),
+        ("mistral", {}, "mixtral"),
+        ("qwen3", {"use_sliding_window": False}, "qwen3_moe"),
+    ],
+)
+def test_copies_of_dense_models_go_out_as_the_mixture_with_their_attention(
+    sources, tmp_path, name, overrides, model_type
+):
+    source = sources(name, **overrides)
+    convert(source, tmp_path / "chain", Options(upcycle="copy"), verify_tokens=4)
+    convert(tmp_path / "chain", tmp_path / "back", Options(to="source"), verify_tokens=4)
+    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == model_type
+    assert_same_function(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("name", "upcycle", "wrong"),
+    [
+        ("llama", "slice", "`scoring_func=sigmoid` (`mixtral` means softmax)"),
+        ("llama", "copy", "`attention_bias=True` (`mixtral` means False)"),
+        ("qwen3", "copy", "`layer_types=['full_attention', 'sliding_attention']` (`qwen3_moe` means None)"),
+    ],
+)
+def test_what_no_mixture_of_transformers_computes_does_not_go_back(sources, tmp_path, name, upcycle, wrong):
+    convert(sources(name), tmp_path / "chain", Options(upcycle=upcycle), verify_tokens=4)
+    assert_refused(tmp_path / "chain", tmp_path / "back", wrong, options=Options(to="source"))
 
 
 def test_chains_that_no_family_computes_do_not_go_back(tmp_path):
@@ -512,11 +534,11 @@ def test_tied_head_that_is_stored(copied, tmp_path, equal):
 
 
 def test_source_on_the_hub(sources, tmp_path, monkeypatch):
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         assert name == "someone/model" and "*.safetensors" not in allow_patterns
         return str(sources("olmoe"))
 
-    monkeypatch.setattr(converter, "snapshot_download", download)
+    monkeypatch.setattr("conversion.source.snapshot_download", download)
     report = convert("someone/model", tmp_path / "out", verify_tokens=4)
     assert report["source"]["name"] == "someone/model"
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == ["someone/model"]

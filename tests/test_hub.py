@@ -201,6 +201,26 @@ def test_revisions_stay_readable(server, pusher, puller):
         assert answer["revision"] == pushed["oid"]
 
 
+def test_any_revision_is_converted(pusher, puller, tmp_path):
+    repo = "tester/source"
+    pushes = [pusher("push_source", folder=str(tmp_path / str(seed)), repo=repo, seed=seed) for seed in (0, 1)]
+    for number, (revision, pushed) in enumerate([(pushes[0]["oid"], pushes[0]), (None, pushes[1])]):
+        result = puller("convert", repo=repo, out=str(tmp_path / f"out{number}"), revision=revision)
+        assert result["source"]["name"] == repo and result["source"]["revision"] == pushed["oid"]
+        assert_equal_up_to_rounding(torch.tensor(result["logits"]), torch.tensor(pushed["logits"]))
+    with pytest.raises(StepFailed, match="RevisionNotFoundError"):
+        puller("convert", repo=repo, out=str(tmp_path / "none"), revision="absent")
+
+
+def test_adapters_of_a_repository_are_merged_before_conversion(pusher, puller, tmp_path):
+    pytest.importorskip("peft")
+    pusher("push", repo="tester/base-to-convert")
+    pushed = pusher("push_adapter", repo="tester/adapter-to-convert", base="tester/base-to-convert")
+    arguments = {"repo": "tester/adapter-to-convert", "out": str(tmp_path / "out"), "to": "official"}
+    result = puller("convert", **arguments, merge_adapter=True)
+    torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(pushed["logits"]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["commit", "lfs"])
 def test_broken_push_leaves_the_old_revision(server, pusher, puller, kind):
     repo = f"tester/broken-{kind}"

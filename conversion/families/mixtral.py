@@ -7,6 +7,7 @@ from ..family import Family
 FAMILY = Family(
     model_type="mixtral",
     backbone="mixtral",
+    equal_backbones=("llama",),
     same=("head_dim", "sliding_window"),
     renamed={"num_local_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
     constants={"n_shared_experts": None, "norm_topk_prob": True, "seq_aux": False},
