@@ -252,8 +252,9 @@ def _first_that_fits(config: CoeConfig) -> tuple[Family, CoeConfig, PreTrainedCo
     """The first family that can express a chain, the chain of one iteration on that family's backbone that it is equal
     to, and the family's configuration."""
     errors = []
-    for family in FAMILIES.values():
-        if not family.dense and config.backbone in (family.backbone, *family.equal_backbones):
+    for model_type, family in FAMILIES.items():
+        is_alias = model_type != family.model_type
+        if not is_alias and not family.dense and config.backbone in (family.backbone, *family.equal_backbones):
             single = _single_iteration(config, family.backbone)
             try:
                 return family, single, family.source_config(single)

@@ -167,6 +167,9 @@ def describe_families() -> str:
     """The families that can be converted, and what of them is not kept or must have one value, for `--list`."""
     lines = []
     for name, family in FAMILIES.items():
+        if name != family.model_type:
+            lines.append(f"{name:20}as {family.model_type}")
+            continue
         kind = "dense, with --upcycle" if family.dense else "experts"
         lines.append(f"{name:20}{kind}; attention of {family.backbone}")
         lines += [f"{alias:20}as {name}, by the class in `architectures`" for alias in family.aliases]
