@@ -9,6 +9,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    GraniteMoeConfig,
+    HunYuanMoEV1Config,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -37,7 +40,9 @@ class Backbone(NamedTuple):
             layers or in none.
         bias: Field that gives queries, keys and values a bias.
         bias_covers_output: Whether the output projection has one too.
-        query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses.
+        query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses,
+            before or after they are rotated.
+        rotates_neighbours: Its rotary embedding turns neighbouring dimensions, rather than those half a head apart.
         gates_shared_experts: By a sigmoid of the token.
         normalizes_single_expert: With one expert per token, `norm_topk_prob` makes its weight 1 or leaves it.
     """
@@ -47,7 +52,8 @@ class Backbone(NamedTuple):
     has_window_by_layer: bool = False
     bias: str | None = "attention_bias"
     bias_covers_output: bool = True
-    query_key_norms: Literal["all heads", "each head"] | None = None
+    query_key_norms: Literal["all heads", "each head", "each head, rotated"] | None = None
+    rotates_neighbours: bool = False
     gates_shared_experts: bool = False
     normalizes_single_expert: bool = True
 
@@ -67,6 +73,9 @@ BACKBONES = {
     "mixtral": Backbone(MixtralConfig, bias=None),
     "llama": Backbone(LlamaConfig),
     "qwen3": Backbone(Qwen3Config, has_window_by_layer=True, query_key_norms="each head"),
+    "granitemoe": Backbone(GraniteMoeConfig),
+    "ernie4_5_moe": Backbone(Ernie4_5_MoeConfig, bias="use_bias", rotates_neighbours=True),
+    "hunyuan_v1_moe": Backbone(HunYuanMoEV1Config, query_key_norms="each head, rotated"),
 }
 # Sizes of latent attention. Where there is none they are None: engines read `kv_lora_rank` as the sign of it.
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim")
@@ -139,8 +148,9 @@ class CoeConfig(DeepseekV2Config):
             One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
         backbone (`str`, defaults to `"deepseek_v2"`):
             The family of transformers whose attention, rotary embedding and norms are used: `"deepseek_v2"`,
-            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"` or `"qwen3"`. Fields of
-            that family's attention keep its names. `"qwen2_moe"` gates its shared experts by a sigmoid.
+            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"`, `"qwen3"`,
+            `"granitemoe"`, `"ernie4_5_moe"` or `"hunyuan_v1_moe"`. Fields of that family's attention keep its names.
+            `"qwen2_moe"` gates its shared experts by a sigmoid.
         n_routed_experts (`int`, *optional*, defaults to 64):
             Number of routed experts N of a sparse layer. `None` makes every layer dense.
         n_shared_experts (`int`, *optional*, defaults to 1):
@@ -194,6 +204,15 @@ class CoeConfig(DeepseekV2Config):
             Bound on queries, keys and values of `"olmoe"`.
         rope_interleave (`bool`, defaults to `True`):
             Whether `"deepseek_v3"` rotates neighbouring dimensions, rather than those half a head apart.
+        attention_multiplier (`float`, defaults to 1.0):
+            Factor on the products of queries and keys of `"granitemoe"`. (`head_dim ** -0.5` elsewhere.)
+        embedding_multiplier (`float`, defaults to 1.0):
+            Factor on the embeddings: the first layer's input is `embedding_multiplier * embed_tokens(ids)`.
+        residual_multiplier (`float`, defaults to 1.0):
+            Factor on the output of attention, of a dense MLP and of each iteration, before anything is added to it:
+            `h = x + residual_multiplier * attention(input_layernorm(x))`, and every `y_t` above includes it.
+        logits_scaling (`float`, defaults to 1.0):
+            Divisor of the logits: `lm_head(norm(x) / logits_scaling)`.
 
     ```python
     >>> from configuration_coe import CoeConfig
@@ -212,6 +231,7 @@ class CoeConfig(DeepseekV2Config):
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
+        "use_bias": "attention_bias",
     }
     # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
     # `_complete_plans` fits them to the fields.
@@ -252,6 +272,10 @@ class CoeConfig(DeepseekV2Config):
     qkv_bias: bool = True
     clip_qkv: int | float | None = None
     rope_interleave: bool = True
+    attention_multiplier: int | float = 1.0
+    embedding_multiplier: int | float = 1.0
+    residual_multiplier: int | float = 1.0
+    logits_scaling: int | float = 1.0
 
     def __post_init__(self, **kwargs):
         model_type = kwargs.pop("model_type", self.model_type)
@@ -314,6 +338,7 @@ class CoeConfig(DeepseekV2Config):
     def validate_vocabulary(self) -> None:
         """Raises `ValueError` where padding has no embedding. Part of `@strict` validation."""
         _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        _positive(self, "embedding_multiplier", "residual_multiplier", "logits_scaling")
         padding = self.pad_token_id
         if padding is not None and not -self.vocab_size <= padding < self.vocab_size:
             raise ValueError(
@@ -326,6 +351,7 @@ class CoeConfig(DeepseekV2Config):
         `@strict` validation."""
         if not BACKBONES[self.backbone].has_latent_attention:
             _at_least(self, 1, "head_dim", "num_key_value_heads")
+            _positive(self, "attention_multiplier")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
                     f"`num_attention_heads` is {self.num_attention_heads}, no multiple of `num_key_value_heads="
@@ -393,8 +419,7 @@ class CoeConfig(DeepseekV2Config):
             raise ValueError(f"`scoring_func` is {self.scoring_func!r}; choose one of {SCORING_FUNCTIONS}.")
         if self.topk_method not in TOPK_METHODS:
             raise ValueError(f"`topk_method` is {self.topk_method!r}; choose one of {TOPK_METHODS}.")
-        if not self.routed_scaling_factor > 0:
-            raise ValueError(f"`routed_scaling_factor` is {self.routed_scaling_factor}; it must be greater than 0.")
+        _positive(self, "routed_scaling_factor")
         for name in ("n_shared_experts", "shared_expert_intermediate_size"):
             if getattr(self, name) is not None:
                 _at_least(self, 0, name)
@@ -552,9 +577,10 @@ class CoeConfig(DeepseekV2Config):
                 return parameters + hidden * heads * self.qk_head_dim
             return parameters + (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
         query, key = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        norms = {None: 0, "all heads": query + key, "each head": 2 * self.head_dim}[backbone.query_key_norms]
+        each_head = 2 * self.head_dim
+        norms = {None: 0, "all heads": query + key, "each head": each_head, "each head, rotated": each_head}
         biases = bias * (query + 2 * key + (hidden if backbone.bias_covers_output else 0))
-        return 2 * hidden * (query + key) + biases + norms
+        return 2 * hidden * (query + key) + biases + norms[backbone.query_key_norms]
 
     @property
     def _dense_parameters(self) -> int:
@@ -585,6 +611,12 @@ def _at_least(config: CoeConfig, minimum: int, *names: str) -> None:
         value = getattr(config, name)
         if value is None or not value >= minimum:
             raise ValueError(f"`{name}` is {value}; it must be {minimum} or more.")
+
+
+def _positive(config: CoeConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be greater than 0.")
 
 
 __all__ = ["BACKBONES", "RESIDUAL_RULES", "Backbone", "CoeConfig"]

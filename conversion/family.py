@@ -112,6 +112,7 @@ class Family:
         left_out: Fields of the source that mean something and have no counterpart -> why that does not matter.
         keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
             called `mlp.gate` here, whatever the number of iterations.
+        rows: Vectors that the source stores as matrices of one row, by their names there.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
         dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
     """
@@ -127,6 +128,7 @@ class Family:
     implied: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
     dropped_keys: dict[str, str] = field(default_factory=dict)
     dense: bool = False
 
@@ -151,6 +153,10 @@ class Family:
     def source_key(self, key: str) -> str:
         """The name that a tensor of a chain has in the source."""
         return _rename(key, ((chain, source) for source, chain in self.keys.items()))
+
+    def is_row(self, key: str) -> bool:
+        """Whether a tensor of the source is a vector, stored as a matrix of one row."""
+        return any(key.endswith(f".{name}") for name in self.rows)
 
     def dropped(self, key: str, config: PreTrainedConfig) -> str | None:
         """Why a tensor of the source is left out, `None` where it is not."""

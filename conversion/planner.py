@@ -232,7 +232,10 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
         if name is None:
             plan.dropped[key] = dropped
         else:
-            plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
+            output = Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key)
+            if family.is_row(name):
+                output = output._replace(shape=(1, *tensor.shape), make=lambda vector: vector.unsqueeze(0))
+            plan.outputs.append(output)
         if problem is not None:
             problems.append(problem)
     if problems:

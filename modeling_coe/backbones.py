@@ -10,6 +10,21 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
 )
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
+    Ernie4_5_MoeAttention,
+    Ernie4_5_MoeRMSNorm,
+    Ernie4_5_MoeRotaryEmbedding,
+)
+from transformers.models.granitemoe.modeling_granitemoe import (
+    GraniteMoeAttention,
+    GraniteMoeRMSNorm,
+    GraniteMoeRotaryEmbedding,
+)
+from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import (
+    HunYuanMoEV1Attention,
+    HunYuanMoEV1RMSNorm,
+    HunYuanMoEV1RotaryEmbedding,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, MixtralRotaryEmbedding
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm, OlmoeRotaryEmbedding
@@ -47,4 +62,7 @@ BACKBONE_MODULES = {
     "mixtral": BackboneModules(MixtralAttention, MixtralRotaryEmbedding, MixtralRMSNorm),
     "llama": BackboneModules(LlamaAttention, LlamaRotaryEmbedding, LlamaRMSNorm),
     "qwen3": BackboneModules(Qwen3Attention, Qwen3RotaryEmbedding, Qwen3RMSNorm),
+    "granitemoe": BackboneModules(GraniteMoeAttention, GraniteMoeRotaryEmbedding, GraniteMoeRMSNorm),
+    "ernie4_5_moe": BackboneModules(Ernie4_5_MoeAttention, Ernie4_5_MoeRotaryEmbedding, Ernie4_5_MoeRMSNorm),
+    "hunyuan_v1_moe": BackboneModules(HunYuanMoEV1Attention, HunYuanMoEV1RotaryEmbedding, HunYuanMoEV1RMSNorm),
 }

@@ -12,8 +12,14 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
+    Ernie4_5_MoeConfig,
+    Ernie4_5Config,
     GenerationConfig,
     Glm4MoeLiteConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
+    HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -88,6 +94,23 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 GROUPS = {"n_group": 4, "topk_group": 2}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 TIED = {"tie_word_embeddings": True}
+NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
+GRANITE = {
+    "num_key_value_heads": 2,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+ERNIE = {
+    **DENSE,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 24,
+    "moe_k": 4,
+    "moe_num_experts": 8,
+}
+HUNYUAN = {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8, "moe_topk": 4}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
 # Name -> config class and its fields.
@@ -189,11 +212,47 @@ MOE_SOURCES = {
             "rope_parameters": LLAMA3,
         },
     ),
+    "granitemoe": (GraniteMoeConfig, {**MOE, **GRANITE, "num_local_experts": 8}),
+    "granitemoe-tied": (
+        GraniteMoeConfig,
+        {
+            **(MOE | GRANITE | TIED),
+            "num_local_experts": 8,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "granitemoe-neutral": (GraniteMoeConfig, {**MOE, "num_local_experts": 8, "attention_multiplier": 0.3}),
+    "ernie4_5_moe": (Ernie4_5_MoeConfig, {**ERNIE, "head_dim": 16, "tie_word_embeddings": False}),
+    "ernie4_5_moe-interval": (
+        Ernie4_5_MoeConfig,
+        {
+            **ERNIE,
+            "num_hidden_layers": 5,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "rope_parameters": LINEAR,
+        },
+    ),
+    "hunyuan_v1_moe": (HunYuanMoEV1Config, HUNYUAN),
+    "hunyuan_v1_moe-alpha": (
+        HunYuanMoEV1Config,
+        {**(HUNYUAN | TIED), "head_dim": 16, "attention_bias": True, "rope_parameters": NTK_ALPHA},
+    ),
 }
 DENSE_SOURCES = {
     "llama": (LlamaConfig, {**DENSE, "num_key_value_heads": 2, "attention_bias": True, "rope_parameters": LLAMA3}),
     "qwen3": (Qwen3Config, {**(DENSE | WINDOW), "num_key_value_heads": 2, "head_dim": 16, "max_window_layers": 1}),
     "mistral": (MistralConfig, {**(DENSE | TIED), "num_key_value_heads": 2, "sliding_window": 5}),
+    "granite": (GraniteConfig, {**DENSE, **GRANITE, "attention_bias": True}),
+    "ernie4_5": (Ernie4_5Config, {**DENSE, "num_key_value_heads": 2, "head_dim": 16}),
+    "hunyuan_v1_dense": (
+        HunYuanDenseV1Config,
+        {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": NTK_ALPHA},
+    ),
 }
 
 
@@ -208,11 +267,12 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, see
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.dim() == 1 and tensor.is_floating_point():
+            if 1 in (tensor.dim(), *tensor.shape[:-1]) and tensor.is_floating_point():
                 tensor.add_(0.2 * torch.randn_like(tensor))
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
-            module.e_score_correction_bias = module.e_score_correction_bias.float()  # as `from_pretrained` keeps it
+            bias = module.e_score_correction_bias
+            bias.data = bias.data.float()  # as `from_pretrained` keeps it
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=model.config)  # its frequencies are buffers too
     return model
