@@ -71,7 +71,7 @@ from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
-from .releases import CACHE, cache_argument, slice_logits_to_keep, takes_cache
+from .releases import CACHE, cache_argument, initialize_rotary_embedding, slice_logits_to_keep, takes_cache
 from .staging import staged_files
 from .state_dict import (
     check_gatherable,
@@ -384,6 +384,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # covers the routers' weights and the experts' 3D parameters
+        initialize_rotary_embedding(module)
         if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
             init.zeros_(module.e_score_correction_bias)
         if isinstance(module, CoeIterationScale):

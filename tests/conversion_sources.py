@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    CwmConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
@@ -18,19 +19,26 @@ from transformers import (
     Glm4MoeLiteConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    HeliumConfig,
     HunYuanDenseV1Config,
     HunYuanMoEV1Config,
+    HYV3Config,
     LlamaConfig,
+    MiniCPM3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SolarOpenConfig,
+    YoutuConfig,
 )
 
 
@@ -64,6 +72,10 @@ DEEPSEEK = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
+}
+HEADS = {
+    name: DEEPSEEK[name]
+    for name in ("num_key_value_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 }
 LATENT = {name: value for name, value in DEEPSEEK.items() if name != "first_k_dense_replace"}
 GROUPED = {
@@ -111,6 +123,7 @@ ERNIE = {
     "moe_num_experts": 8,
 }
 HUNYUAN = {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8, "moe_topk": 4}
+HY3 = {**MOE, "moe_intermediate_size": 24, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
 # Name -> config class and its fields.
@@ -242,16 +255,47 @@ MOE_SOURCES = {
         HunYuanMoEV1Config,
         {**(HUNYUAN | TIED), "head_dim": 16, "attention_bias": True, "rope_parameters": NTK_ALPHA},
     ),
+    "hy_v3": (HYV3Config, {**HY3, "router_scaling_factor": 2.5}),
+    "hy_v3-sparse": (
+        HYV3Config,
+        {
+            **(HY3 | TIED),
+            "mlp_layer_types": ["sparse", "sparse"],
+            "num_shared_experts": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
 }
 DENSE_SOURCES = {
     "llama": (LlamaConfig, {**DENSE, "num_key_value_heads": 2, "attention_bias": True, "rope_parameters": LLAMA3}),
     "qwen3": (Qwen3Config, {**(DENSE | WINDOW), "num_key_value_heads": 2, "head_dim": 16, "max_window_layers": 1}),
     "mistral": (MistralConfig, {**(DENSE | TIED), "num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": (Qwen2Config, {**(DENSE | WINDOW | TIED), "num_key_value_heads": 2, "max_window_layers": 1}),
+    "ministral": (
+        MinistralConfig,
+        {
+            **DENSE,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "cwm": (CwmConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5}),
+    "seed_oss": (SeedOssConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 16}),
     "granite": (GraniteConfig, {**DENSE, **GRANITE, "attention_bias": True}),
     "ernie4_5": (Ernie4_5Config, {**DENSE, "num_key_value_heads": 2, "head_dim": 16}),
+    "helium": (HeliumConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 8}),
     "hunyuan_v1_dense": (
         HunYuanDenseV1Config,
         {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": NTK_ALPHA},
+    ),
+    "youtu": (YoutuConfig, {**DENSE, **HEADS, "q_lora_rank": 12, "rope_parameters": YARN}),
+    "minicpm3": (
+        MiniCPM3Config,
+        {**(DENSE | TIED), **HEADS, "q_lora_rank": 12, "scale_emb": 6, "scale_depth": 0.8, "dim_model_base": 16},
     ),
 }
 

@@ -27,7 +27,16 @@ from conversion.cli import main
 from conversion.families import FAMILIES
 from modeling_coe.releases import CACHE
 
-from .conversion_sources import MOE_SOURCES, edit_json, edit_tensor, make_config, make_model, make_source, stored
+from .conversion_sources import (
+    DENSE_SOURCES,
+    MOE_SOURCES,
+    edit_json,
+    edit_tensor,
+    make_config,
+    make_model,
+    make_source,
+    stored,
+)
 from .helpers import ROOT, assert_equal_up_to_rounding, tiny_model
 
 
@@ -207,7 +216,7 @@ def test_only_some_layers_are_chained(sources, tmp_path):
 
 @pytest.mark.parametrize("upcycle", ["copy", "slice"])
 @pytest.mark.parametrize(
-    "name, options", [("llama", CHAINS[0]), ("llama", CHAINS[1]), ("qwen3", CHAINS[3]), ("mistral", CHAINS[3])]
+    "name, options", [("llama", CHAINS[0]), ("llama", CHAINS[1]), *((name, CHAINS[3]) for name in DENSE_SOURCES)]
 )
 def test_dense_source_keeps_its_function(sources, tmp_path, name, upcycle, options):
     options = Options(**{**vars(options), "upcycle": upcycle, "experts": 4})
@@ -216,7 +225,8 @@ def test_dense_source_keeps_its_function(sources, tmp_path, name, upcycle, optio
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.n_routed_experts == 4
     assert config.moe_intermediate_size == (48 if upcycle == "copy" else 12)
-    assert_same_function(sources(name), tmp_path / "out")
+    model = assert_same_function(sources(name), tmp_path / "out")
+    assert torch.equal(generate(model), generated_by(sources(name)))
 
 
 def test_only_some_layers_get_experts(sources, tmp_path):
@@ -548,6 +558,8 @@ def test_push(sources, tmp_path, monkeypatch):
 def test_a_wrong_table_is_caught(sources, tmp_path, monkeypatch, name):
     family = FAMILIES[name.partition("-")[0]]
     up, gate = "mlp.experts.*.up_proj.weight", "mlp.experts.*.gate_proj.weight"
+    if "mlp.experts.gate_up_proj" in family.keys.values():  # the two are one tensor
+        up, gate = "input_layernorm.weight", "post_attention_layernorm.weight"
     names = {chain: source for source, chain in family.keys.items()}
     swapped = {**family.keys, names.get(up, up): gate, names.get(gate, gate): up}
     monkeypatch.setitem(FAMILIES, family.model_type, dataclasses.replace(family, keys=swapped))

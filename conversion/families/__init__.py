@@ -2,6 +2,7 @@
 """The families that can be converted, one module each. A new one is a new module and a line here."""
 
 from . import (
+    cwm,
     deepseek_v2,
     deepseek_v3,
     dots1,
@@ -10,16 +11,23 @@ from . import (
     glm4_moe_lite,
     granite,
     granitemoe,
+    helium,
     hunyuan_v1_dense,
     hunyuan_v1_moe,
+    hy_v3,
     llama,
+    minicpm3,
+    ministral,
     mistral,
     mixtral,
     olmoe,
+    qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     solar_open,
+    youtu,
 )
 
 
@@ -38,11 +46,19 @@ FAMILIES = {
         granitemoe,
         ernie4_5_moe,
         hunyuan_v1_moe,
+        hy_v3,
         llama,
         qwen3,
         mistral,
+        qwen2,
+        ministral,
+        cwm,
+        seed_oss,
         granite,
         ernie4_5,
+        helium,
         hunyuan_v1_dense,
+        youtu,
+        minicpm3,
     )
 }
