@@ -125,9 +125,11 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             raise _wrong(name, value, "beyond 64 bits")
         if name.rpartition(".")[2] in _POSITIVE_IN_ROPE and _is_number(value) and not value > 0:
             raise _wrong(name, value, "not greater than 0")
+    family = FAMILIES.get(values["model_type"])
+    unread = () if family is None else family.left_out
     for least, kind, names in ((1, int, _POSITIVE_COUNTS), (0, int, _COUNTS), (0, int | float, _NUMBERS)):
         for name in names:
-            value = values.get(name)
+            value = None if name in unread else values.get(name)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise _wrong(name, value, "not a whole number" if kind is int else "not a number")
             if value is not None and value < least:

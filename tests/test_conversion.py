@@ -1,5 +1,6 @@
 """Conversion: the source's function is kept, weights come back bit by bit, and nothing is left where it fails."""
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -20,7 +21,9 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from configuration_coe import CoeConfig
 from conversion import ConversionError, Options, checkpoint, convert, converter, describe, plan_conversion
 from conversion.checkpoint import Checkpoint
 from conversion.cli import main
@@ -38,6 +41,7 @@ from .conversion_sources import (
     stored,
 )
 from .helpers import ROOT, assert_equal_up_to_rounding, tiny_model
+from .published_configs_b import PUBLISHED
 
 
 MODES = [("identity", 1), ("refine", 2), ("refine", 4), ("split", 2), ("split", 4)]
@@ -320,6 +324,51 @@ def test_converted_model_trains(sources, chains, tmp_path, name, mode):
     assert_refused(
         tmp_path / "trained", tmp_path / "back", "iteration_scale` is not zero", options=Options(to="source")
     )
+
+
+# ------------------------------------------------------------------------------------------- published sources
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_understood(name):
+    """The chain that one becomes has as many parameters as transformers' own model."""
+    config = CONFIG_MAPPING[PUBLISHED[name]["model_type"]].from_dict(copy.deepcopy(PUBLISHED[name]))
+    family = FAMILIES[config.model_type]
+    fields, _ = family.chain_fields(config)
+    experts = {"n_routed_experts": None} if family.dense else {}
+    chain = CoeConfig(**fields, **experts, inner_iter=1, prenorm_residual=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    assert chain.total_parameters == sum(size for key, size in sizes.items() if "correction_bias" not in key)
+
+
+def test_numbers_that_are_listed_for_every_layer(copied, tmp_path):
+    source = copied("hunyuan_v1_moe")
+    edit_json(source / "config.json", moe_topk=[4, 4], moe_intermediate_size=[48, 48])
+    report = convert(source, tmp_path / "out", verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_experts_per_tok == 2
+    assert any("`moe_intermediate_size=[48, 48]`" in remark for remark in report["remarks"])
+    edit_json(source / "config.json", moe_topk=[4, 2])
+    assert_refused(source, tmp_path / "second", "`moe_topk` of the source is [4, 2]")
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("ernie4_5_moe", {"use_bias": True}, "`use_bias` of the source is True"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.5}, "`moe_norm_min` of the source is 0.5"),
+        ("ernie4_5_moe", {"moe_k": 9}, "moe_k"),
+        ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier"),
+        ("granitemoe", {"logits_scaling": -1.0}, "logits_scaling"),
+        ("granitemoe", {"attention_multiplier": 0}, "attention_multiplier"),
+        ("hy_v3", {"router_scaling_factor": 0.0}, "router_scaling_factor"),
+    ],
+)
+def test_values_of_newer_families_that_are_refused(copied, tmp_path, name, changes, message):
+    source = copied(name)
+    edit_json(source / "config.json", **changes)
+    assert_refused(source, tmp_path / "out", message)
 
 
 # ------------------------------------------------------------------------------------------- and back

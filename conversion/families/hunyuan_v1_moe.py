@@ -36,6 +36,7 @@ FAMILY = Family(
         "intermediate_size": lambda config: config.moe_intermediate_size,
         "moe_topk": lambda config: config.num_experts_per_tok,
     },
+    left_out={"moe_intermediate_size": "transformers' experts are as wide as `intermediate_size`"},
     keys={
         "mlp.gate.wg.weight": "mlp.gate.weight",
         "mlp.shared_mlp.gate_proj.weight": "mlp.shared_experts.gate_proj.weight",
