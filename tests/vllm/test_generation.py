@@ -94,6 +94,24 @@ MODELS = {
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "granitemoe, split": {
+        "backbone": "granitemoe",
+        "upcycling": "split",
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 0,
+        "norm_topk_prob": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "ernie4_5_moe": {
+        "backbone": "ernie4_5_moe",
+        "upcycling": "refine",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
     "dense": {"backbone": "qwen3", "n_routed_experts": None},
 }
 # A prefill of at most 32 tokens a step, blocks that hold fewer tokens than eight sequences need, and blocks kept for
