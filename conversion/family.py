@@ -137,6 +137,11 @@ class Family:
         """All fields of the source's config with a counterpart in `CoeConfig`, and that."""
         return {name: name for name in (*COMMON_FIELDS, *self.same)} | self.renamed
 
+    @property
+    def fuses_experts(self) -> bool:
+        """Whether its files hold all experts of a layer in one tensor."""
+        return "mlp.experts.down_proj" in self.keys.values()
+
     def source_field(self, name: str, config: PreTrainedConfig) -> str | None:
         """What config.json calls a field of `CoeConfig`, `None` where the family has no such field."""
         names = {chain: source for source, chain in self.fields.items()}

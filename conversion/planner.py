@@ -224,6 +224,11 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
         raise ConversionError(f"transformers has no mixture of experts with the attention of `{config.backbone}`.")
     single = _single_iteration(config)
     family, target = _first_that_fits(families, single)
+    if family.fuses_experts and not any(key.endswith(".mlp.experts.down_proj") for key in checkpoint.tensors):
+        raise ConversionError(
+            f"`{family.model_type}` stores all experts of a layer in one tensor, and this chain has one for each. Load "
+            "it with transformers and save it with `save_pretrained(folder, save_original_format=False)` first."
+        )
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
     problems = []

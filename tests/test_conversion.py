@@ -404,6 +404,17 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         assert returned[key].dtype == original[key].dtype and torch.equal(returned[key], original[key]), key
 
 
+def test_experts_of_their_own_do_not_go_back_into_one_tensor(tmp_path):
+    fields = {"inner_iter": 1, "prenorm_residual": True, "norm_topk_prob": True, "n_shared_experts": None}
+    model = tiny_model(backbone="granitemoe", intermediate_size=24, **fields)
+    model.save_pretrained(tmp_path / "apart")
+    options = Options(to="source")
+    assert_refused(tmp_path / "apart", tmp_path / "back", "save_original_format=False", options=options)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    convert(tmp_path / "fused", tmp_path / "back", options, verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "granitemoe"
+
+
 def test_whole_numbers_where_a_family_wants_fractions(chains, tmp_path):
     chain = Path(shutil.copytree(chains("olmoe", CHAINS[3]), tmp_path / "chain"))
     edit_json(chain / "config.json", aux_loss_alpha=0)
@@ -607,7 +618,7 @@ def test_push(sources, tmp_path, monkeypatch):
 def test_a_wrong_table_is_caught(sources, tmp_path, monkeypatch, name):
     family = FAMILIES[name.partition("-")[0]]
     up, gate = "mlp.experts.*.up_proj.weight", "mlp.experts.*.gate_proj.weight"
-    if "mlp.experts.gate_up_proj" in family.keys.values():  # the two are one tensor
+    if family.fuses_experts:  # the two are one tensor
         up, gate = "input_layernorm.weight", "post_attention_layernorm.weight"
     names = {chain: source for source, chain in family.keys.items()}
     swapped = {**family.keys, names.get(up, up): gate, names.get(gate, gate): up}
