@@ -226,8 +226,8 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     family, target = _first_that_fits(families, single)
     if family.fuses_experts and not any(key.endswith(".mlp.experts.down_proj") for key in checkpoint.tensors):
         raise ConversionError(
-            f"`{family.model_type}` stores all experts of a layer in one tensor, and this chain has one for each. Load "
-            "it with transformers and save it with `save_pretrained(folder, save_original_format=False)` first."
+            f"`{family.model_type}` stores all experts of a layer in one tensor, and this chain has tensors for each. "
+            "Load it with transformers and save it with `save_pretrained(folder, save_original_format=False)` first."
         )
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
