@@ -338,7 +338,6 @@ class CoeConfig(DeepseekV2Config):
     def validate_vocabulary(self) -> None:
         """Raises `ValueError` where padding has no embedding. Part of `@strict` validation."""
         _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        _positive(self, "embedding_multiplier", "residual_multiplier", "logits_scaling")
         padding = self.pad_token_id
         if padding is not None and not -self.vocab_size <= padding < self.vocab_size:
             raise ValueError(
@@ -346,12 +345,17 @@ class CoeConfig(DeepseekV2Config):
                 "vocabulary, or to None."
             )
 
+    def validate_multipliers(self) -> None:
+        """Raises `ValueError` where a factor is not greater than 0. Part of `@strict` validation."""
+        for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be greater than 0.")
+
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
         `@strict` validation."""
         if not BACKBONES[self.backbone].has_latent_attention:
             _at_least(self, 1, "head_dim", "num_key_value_heads")
-            _positive(self, "attention_multiplier")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
                     f"`num_attention_heads` is {self.num_attention_heads}, no multiple of `num_key_value_heads="
@@ -419,7 +423,8 @@ class CoeConfig(DeepseekV2Config):
             raise ValueError(f"`scoring_func` is {self.scoring_func!r}; choose one of {SCORING_FUNCTIONS}.")
         if self.topk_method not in TOPK_METHODS:
             raise ValueError(f"`topk_method` is {self.topk_method!r}; choose one of {TOPK_METHODS}.")
-        _positive(self, "routed_scaling_factor")
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"`routed_scaling_factor` is {self.routed_scaling_factor}; it must be greater than 0.")
         for name in ("n_shared_experts", "shared_expert_intermediate_size"):
             if getattr(self, name) is not None:
                 _at_least(self, 0, name)
@@ -611,12 +616,6 @@ def _at_least(config: CoeConfig, minimum: int, *names: str) -> None:
         value = getattr(config, name)
         if value is None or not value >= minimum:
             raise ValueError(f"`{name}` is {value}; it must be {minimum} or more.")
-
-
-def _positive(config: CoeConfig, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be greater than 0.")
 
 
 __all__ = ["BACKBONES", "RESIDUAL_RULES", "Backbone", "CoeConfig"]
