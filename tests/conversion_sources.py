@@ -106,6 +106,14 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 GROUPS = {"n_group": 4, "topk_group": 2}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 TIED = {"tie_word_embeddings": True}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+}
 NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
 GRANITE = {
     "num_key_value_heads": 2,
@@ -295,7 +303,14 @@ DENSE_SOURCES = {
     "youtu": (YoutuConfig, {**DENSE, **HEADS, "q_lora_rank": 12, "rope_parameters": YARN}),
     "minicpm3": (
         MiniCPM3Config,
-        {**(DENSE | TIED), **HEADS, "q_lora_rank": 12, "scale_emb": 6, "scale_depth": 0.8, "dim_model_base": 16},
+        {
+            **(DENSE | TIED | HEADS),
+            "q_lora_rank": 12,
+            "scale_emb": 6,
+            "scale_depth": 0.8,
+            "dim_model_base": 16,
+            "rope_parameters": LONGROPE,
+        },
     ),
 }
 

@@ -165,7 +165,7 @@ def test_function_is_kept(sources, chains, name, options):
         assert torch.equal(generate(model), generated_by(sources(name)))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral", "ernie4_5_moe", "hunyuan_v1_moe"])
 def test_stored_dtype_is_kept(sources, tmp_path, name):
     source = sources(name, dtype=torch.bfloat16)
     # From 5.24 on, transformers keeps the routers of some families in float32.
@@ -362,7 +362,8 @@ def test_numbers_that_are_listed_for_every_layer(copied, tmp_path):
         ("ernie4_5_moe", {"moe_k": 0}, "`moe_k` in config.json is 0"),
         ("ernie4_5_moe", {"moe_layer_interval": 0}, "`moe_layer_interval` in config.json is 0"),
         ("ernie4_5_moe", {"moe_num_experts": 10**9}, "`moe_num_experts` in config.json is 1000000000"),
-        ("ernie4_5_moe", {"moe_layer_end_index": 0}, "moe_layer_start_index"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 0}, "`moe_layer_end_index=0`"),
+        ("hy_v3", {"mlp_layer_types": ["sparse", "sparse"]}, "`mlp_layer_types=['sparse', 'sparse']`"),
         ("hunyuan_v1_moe", {"moe_topk": 0}, "moe_topk"),
         ("hunyuan_v1_moe", {"num_experts": [8, 8]}, "`num_experts` in config.json is [8, 8]"),
         ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier"),

@@ -21,8 +21,8 @@ FAMILY = Family(
     derived={
         "moe_layer_end_index": lambda config: config.num_hidden_layers - len(config.mlp_only_layers or ()) - 1,
     },
-    # Biases would be those of all projections. The sum of a token's scores, at least `moe_norm_min`, is what they are
-    # divided by; a chain's smallest sum is another, which is as far from any real one.
+    # With biases, the head and all MLPs would have some. The other is the least that weights are divided by to sum to
+    # one: a chain has a smaller one, and the scores of the chosen experts are far above both.
     required={"use_bias": False, "moe_norm_min": 1e-12},
     keys={"mlp.moe_statics.e_score_correction_bias": "mlp.gate.e_score_correction_bias"},
     rows=("mlp.moe_statics.e_score_correction_bias",),
