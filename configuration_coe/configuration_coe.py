@@ -231,7 +231,7 @@ class CoeConfig(DeepseekV2Config):
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
-        "use_bias": "attention_bias",
+        "use_bias": "attention_bias",  # as ERNIE's attention calls it
     }
     # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
     # `_complete_plans` fits them to the fields.

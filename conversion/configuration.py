@@ -132,6 +132,7 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             raise _wrong(name, value, "beyond 64 bits")
         if name.rpartition(".")[2] in _POSITIVE_IN_ROPE and _is_number(value) and not value > 0:
             raise _wrong(name, value, "not greater than 0")
+    # What a family leaves out may be anything.
     family = FAMILIES.get(values["model_type"])
     unread = () if family is None else family.left_out
     for least, kind, names in ((1, int, _POSITIVE_COUNTS), (0, int, _COUNTS), (0, int | float, _NUMBERS)):

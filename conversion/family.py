@@ -112,7 +112,7 @@ class Family:
         left_out: Fields of the source that mean something and have no counterpart -> why that does not matter.
         keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
             called `mlp.gate` here, whatever the number of iterations.
-        rows: Vectors that the source stores as matrices of one row, by their names there.
+        rows: Vectors that the source stores as matrices of one row, by the ends of their names there.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
         dense: The family has no experts: its MLPs are made into some (`--upcycle`), and there is no way back.
     """

@@ -195,7 +195,7 @@ def test_dtype_rounds_the_source(sources, tmp_path, dtype):
 
 
 def test_fused_source(sources, tmp_path):
-    for name in ("qwen2_moe", "mixtral"):
+    for name in ("qwen2_moe", "mixtral", "granitemoe", "ernie4_5_moe", "hy_v3"):
         source, out = sources(name, fused=True), tmp_path / name
         assert any(key.endswith("experts.gate_up_proj") for key in stored(source))
         convert(source, out, verify_tokens=24)

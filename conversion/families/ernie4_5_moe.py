@@ -24,7 +24,11 @@ FAMILY = Family(
     # With biases, the head and all MLPs would have some. The other is the least that weights are divided by to sum to
     # one: a chain has a smaller one, and the scores of the chosen experts are far above both.
     required={"use_bias": False, "moe_norm_min": 1e-12},
-    keys={"mlp.moe_statics.e_score_correction_bias": "mlp.gate.e_score_correction_bias"},
-    rows=("mlp.moe_statics.e_score_correction_bias",),
+    keys={
+        "mlp.moe_statics.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+        # Of a folder with fused experts.
+        "mlp.gate.moe_statics.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+    },
+    rows=("moe_statics.e_score_correction_bias",),
     dropped_keys={r"^model\.mtp_": "predicts further tokens (MTP)"},
 )

@@ -18,5 +18,9 @@ FAMILY = Family(
         "block_sparse_moe.router.layer.weight": "mlp.gate.weight",
         "block_sparse_moe.input_linear.weight": "mlp.experts.gate_up_proj",
         "block_sparse_moe.output_linear.weight": "mlp.experts.down_proj",
+        # As transformers has them in memory.
+        "block_sparse_moe.router.weight": "mlp.gate.weight",
+        "block_sparse_moe.experts.gate_up_proj": "mlp.experts.gate_up_proj",
+        "block_sparse_moe.experts.down_proj": "mlp.experts.down_proj",
     },
 )

@@ -33,6 +33,8 @@ FAMILY = Family(
         "mlp.shared_mlp.gate_proj.bias": "mlp.shared_experts.gate_proj.bias",
         "mlp.shared_mlp.up_proj.bias": "mlp.shared_experts.up_proj.bias",
         "mlp.shared_mlp.down_proj.bias": "mlp.shared_experts.down_proj.bias",
+        # Of a folder with fused experts.
+        "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
     },
     dropped_keys={r"^model\.layers\.(\d+)\.": "predicts further tokens (MTP)"},
 )
