@@ -207,7 +207,7 @@ class CoeConfig(DeepseekV2Config):
         attention_multiplier (`float`, defaults to 1.0):
             Factor on the products of queries and keys of `"granitemoe"`. (`head_dim ** -0.5` elsewhere.)
         embedding_multiplier (`float`, defaults to 1.0):
-            Factor on the embeddings: the first layer's input is `embedding_multiplier * embed_tokens(ids)`.
+            Factor on the embeddings, given ones too: the first layer sees `embedding_multiplier * embed_tokens(ids)`.
         residual_multiplier (`float`, defaults to 1.0):
             Factor on the output of attention, of a dense MLP and of each iteration, before anything is added to it:
             `h = x + residual_multiplier * attention(input_layernorm(x))`, and every `y_t` above includes it.
