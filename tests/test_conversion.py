@@ -827,6 +827,14 @@ def test_layers_that_predict_further_tokens_must_be_counted(copied, tmp_path):
     }
 
 
+def test_further_tokens_are_predicted_by_parts_with_a_name(copied, tmp_path):
+    source = copied("ernie4_5_moe")
+    file = next(iter(source.glob("*.safetensors")))
+    key = "model.mtp_emb_norm.0.weight"
+    save_file(load_file(file) | {key: torch.ones(32)}, file, {"format": "pt"})
+    assert convert(source, tmp_path / "out", verify_tokens=8)["tensors"]["dropped"].keys() == {key}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_tensor_is_not_finite(copied, tmp_path, value):
     source = copied(dtype=torch.bfloat16)
