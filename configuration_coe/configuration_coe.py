@@ -9,7 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Glm4MoeConfig,
+    GraniteMoeConfig,
+    HunYuanMoEV1Config,
     LlamaConfig,
     MiniMaxM2Config,
     MixtralConfig,
@@ -39,8 +42,10 @@ class Backbone(NamedTuple):
             layers or in none.
         bias: Field that gives queries, keys and values a bias.
         bias_covers_output: Whether the output projection has one too.
-        query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses.
+        query_key_norms: Whether queries and keys have norms: one for all heads together, or one that each head uses,
+            before or after they are rotated.
         norms_field: Field without which there are none of these norms.
+        rotates_neighbours: Its rotary embedding turns neighbouring dimensions, rather than those half a head apart.
         gates_shared_experts: By a sigmoid of the token.
         normalizes_single_expert: With one expert per token, `norm_topk_prob` makes its weight 1 or leaves it.
     """
@@ -50,8 +55,9 @@ class Backbone(NamedTuple):
     has_window_by_layer: bool = False
     bias: str | None = "attention_bias"
     bias_covers_output: bool = True
-    query_key_norms: Literal["all heads", "each head"] | None = None
+    query_key_norms: Literal["all heads", "each head", "each head, rotated"] | None = None
     norms_field: str | None = None
+    rotates_neighbours: bool = False
     gates_shared_experts: bool = False
     normalizes_single_expert: bool = True
 
@@ -75,6 +81,9 @@ BACKBONES = {
         Glm4MoeConfig, bias_covers_output=False, query_key_norms="each head", norms_field="use_qk_norm"
     ),
     "minimax_m2": Backbone(MiniMaxM2Config, bias=None, query_key_norms="all heads"),
+    "granitemoe": Backbone(GraniteMoeConfig),
+    "ernie4_5_moe": Backbone(Ernie4_5_MoeConfig, bias="use_bias", rotates_neighbours=True),
+    "hunyuan_v1_moe": Backbone(HunYuanMoEV1Config, query_key_norms="each head, rotated"),
 }
 # Sizes of latent attention. Where there is none they are None: engines read `kv_lora_rank` as the sign of it.
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim")
@@ -147,9 +156,10 @@ class CoeConfig(DeepseekV2Config):
             One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
         backbone (`str`, defaults to `"deepseek_v2"`):
             The family of transformers whose attention, rotary embedding and norms are used: `"deepseek_v2"`,
-            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"`, `"qwen3"`, `"glm4_moe"`
-            or `"minimax_m2"`. Fields of that family's attention keep its names. `"qwen2_moe"` gates its shared experts
-            by a sigmoid. `"glm4_moe"` and `"minimax_m2"` rotate `rope_parameters["partial_rotary_factor"]` of a head.
+            `"deepseek_v3"`, `"qwen2_moe"`, `"qwen3_moe"`, `"olmoe"`, `"mixtral"`, `"llama"`, `"qwen3"`, `"glm4_moe"`,
+            `"minimax_m2"`, `"granitemoe"`, `"ernie4_5_moe"` or `"hunyuan_v1_moe"`. Fields of that family's attention
+            keep its names. `"qwen2_moe"` gates its shared experts by a sigmoid. `"glm4_moe"` and `"minimax_m2"` rotate
+            `rope_parameters["partial_rotary_factor"]` of a head.
         n_routed_experts (`int`, *optional*, defaults to 64):
             Number of routed experts N of a sparse layer. `None` makes every layer dense.
         n_shared_experts (`int`, *optional*, defaults to 1):
@@ -205,6 +215,15 @@ class CoeConfig(DeepseekV2Config):
             Whether `"deepseek_v3"` rotates neighbouring dimensions, rather than those half a head apart.
         use_qk_norm (`bool`, defaults to `False`):
             Whether queries and keys of `"glm4_moe"` have norms.
+        attention_multiplier (`float`, defaults to 1.0):
+            Factor on the products of queries and keys of `"granitemoe"`. (`head_dim ** -0.5` elsewhere.)
+        embedding_multiplier (`float`, defaults to 1.0):
+            Factor on the embeddings, given ones too: the first layer sees `embedding_multiplier * embed_tokens(ids)`.
+        residual_multiplier (`float`, defaults to 1.0):
+            Factor on the output of attention, of a dense MLP and of each iteration, before anything is added to it:
+            `h = x + residual_multiplier * attention(input_layernorm(x))`, and every `y_t` above includes it.
+        logits_scaling (`float`, defaults to 1.0):
+            Divisor of the logits: `lm_head(norm(x) / logits_scaling)`.
 
     ```python
     >>> from configuration_coe import CoeConfig
@@ -223,6 +242,7 @@ class CoeConfig(DeepseekV2Config):
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
+        "use_bias": "attention_bias",  # as ERNIE's attention calls it
     }
     # The chain keeps DeepSeek-V2's module names, routers are replicated, and one module call is one iteration.
     # `_complete_plans` fits them to the fields.
@@ -264,6 +284,10 @@ class CoeConfig(DeepseekV2Config):
     clip_qkv: int | float | None = None
     rope_interleave: bool = True
     use_qk_norm: bool = False
+    attention_multiplier: int | float = 1.0
+    embedding_multiplier: int | float = 1.0
+    residual_multiplier: int | float = 1.0
+    logits_scaling: int | float = 1.0
 
     def __post_init__(self, **kwargs):
         model_type = kwargs.pop("model_type", self.model_type)
@@ -332,6 +356,12 @@ class CoeConfig(DeepseekV2Config):
                 f"`pad_token_id` is {padding}, beyond `vocab_size={self.vocab_size}`. Set it to a token of the "
                 "vocabulary, or to None."
             )
+
+    def validate_multipliers(self) -> None:
+        """Raises `ValueError` where a factor is not greater than 0. Part of `@strict` validation."""
+        for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be greater than 0.")
 
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
@@ -504,7 +534,7 @@ class CoeConfig(DeepseekV2Config):
         return len(self.sparse_layers)
 
     @property
-    def query_key_norms(self) -> Literal["all heads", "each head"] | None:
+    def query_key_norms(self) -> Literal["all heads", "each head", "each head, rotated"] | None:
         """The norms that queries and keys have: `Backbone.query_key_norms`, or none where a field leaves them out."""
         backbone = BACKBONES[self.backbone]
         has_norms = backbone.norms_field is None or getattr(self, backbone.norms_field)
@@ -583,9 +613,10 @@ class CoeConfig(DeepseekV2Config):
                 return parameters + hidden * heads * self.qk_head_dim
             return parameters + (hidden + 1 + bias) * self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
         query, key = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        norms = {None: 0, "all heads": query + key, "each head": 2 * self.head_dim}[self.query_key_norms]
+        each_head = 2 * self.head_dim
+        norms = {None: 0, "all heads": query + key, "each head": each_head, "each head, rotated": each_head}
         biases = bias * (query + 2 * key + (hidden if backbone.bias_covers_output else 0))
-        return 2 * hidden * (query + key) + biases + norms
+        return 2 * hidden * (query + key) + biases + norms[self.query_key_norms]
 
     @property
     def _dense_parameters(self) -> int:

@@ -32,7 +32,9 @@ _POSITIVE_COUNTS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
+    "moe_num_experts",
     "num_experts_per_tok",
+    "moe_k",
     "q_lora_rank",
     "kv_lora_rank",
     "qk_nope_head_dim",
@@ -40,12 +42,16 @@ _POSITIVE_COUNTS = (
     "v_head_dim",
     "decoder_sparse_step",
     "moe_layer_freq",
+    "moe_layer_interval",
     "inner_iter",
 )
 _COUNTS = (
     "intermediate_size",
     "first_k_dense_replace",
+    "moe_layer_start_index",
     "n_shared_experts",
+    "num_shared_experts",
+    "moe_num_shared_experts",
     "shared_expert_intermediate_size",
     "num_nextn_predict_layers",
     "sliding_window",
@@ -57,6 +63,7 @@ _LIMITED = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
+    "moe_num_experts",
     "inner_iter",
     "hidden_size",
     "head_dim",
@@ -136,9 +143,12 @@ def _check_values(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             raise _wrong(name, value, "beyond 64 bits")
         if name.rpartition(".")[2] in _POSITIVE_IN_ROPE and _is_number(value) and not value > 0:
             raise _wrong(name, value, "not greater than 0")
+    # What a family leaves out may be anything.
+    family = FAMILIES.get(values["model_type"])
+    unread = () if family is None else family.left_out
     for least, kind, names in ((1, int, _POSITIVE_COUNTS), (0, int, _COUNTS), (0, int | float, _NUMBERS)):
         for name in names:
-            value = values.get(name)
+            value = None if name in unread else values.get(name)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise _wrong(name, value, "not a whole number" if kind is int else "not a number")
             if value is not None and value < least:

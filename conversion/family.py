@@ -112,6 +112,7 @@ class Family:
         left_out: Fields of the source that mean something and have no counterpart -> why that does not matter.
         keys: Names of the source's tensors -> names of a chain's, where they differ (`*`: a number). A router is
             called `mlp.gate` here, whatever the number of iterations.
+        rows: Vectors that the source stores as matrices of one row, by the ends of their names there.
         dropped_keys: Patterns of tensors that are dropped on purpose -> why.
         equal_backbones: Other backbones that compute the same where their fields are those that the family can have.
             What is built on one can go back to this family too.
@@ -131,6 +132,7 @@ class Family:
     implied: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
     dropped_keys: dict[str, str] = field(default_factory=dict)
     equal_backbones: tuple[str, ...] = ()
     dense: bool = False
@@ -140,6 +142,11 @@ class Family:
     def fields(self) -> dict[str, str]:
         """All fields of the source's config with a counterpart in `CoeConfig`, and that."""
         return {name: name for name in (*COMMON_FIELDS, *self.same)} | self.renamed
+
+    @property
+    def fuses_experts(self) -> bool:
+        """Whether its files hold all experts of a layer in one tensor."""
+        return "mlp.experts.down_proj" in self.keys.values()
 
     def source_field(self, name: str, config: PreTrainedConfig) -> str | None:
         """What config.json calls a field of `CoeConfig`, `None` where the family has no such field."""
@@ -157,6 +164,10 @@ class Family:
     def source_key(self, key: str) -> str:
         """The name that a tensor of a chain has in the source."""
         return _rename(key, ((chain, source) for source, chain in self.keys.items()))
+
+    def is_row(self, key: str) -> bool:
+        """Whether a tensor of the source is a vector, stored as a matrix of one row."""
+        return any(key.endswith(f".{name}") for name in self.rows)
 
     def dropped(self, key: str, config: PreTrainedConfig) -> str | None:
         """Why a tensor of the source is left out, `None` where it is not."""

@@ -232,6 +232,11 @@ _SIZES = {
     r"iteration_scale": ("inner_iter",),
     r"": ("hidden_size",),
 }
+# The fields that say which layers have experts, as chains and as families call them.
+_SPARSE_LAYERS = (
+    *("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step"),
+    *("mlp_layer_types", "moe_layer_end_index"),
+)
 _MTP_LAYERS = "num_nextn_predict_layers"
 _EXPERTS = re.compile(r"\.experts\.|\.gate\.")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -256,7 +261,7 @@ def _deciding_fields(name: str, layers: dict[str, bool]) -> list[str]:
         return ["num_hidden_layers", _MTP_LAYERS]
     if layer and re.search(r"\.(mlp|block_sparse_moe)\.", name) and "shared_expert" not in name:
         if bool(_EXPERTS.search(name)) != layers[layer[0]]:
-            return ["first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step"]
+            return list(_SPARSE_LAYERS)
         if ".experts." in name:
             return ["n_routed_experts"]
     return _matching(_EXISTENCE, name)

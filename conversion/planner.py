@@ -229,6 +229,11 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
             f"another family computes. This one has the residual rule {rule!r} and `inner_iter={config.inner_iter}`."
         )
     family, single, target = _first_that_fits(config)
+    if family.fuses_experts and not any(key.endswith(".mlp.experts.down_proj") for key in checkpoint.tensors):
+        raise ConversionError(
+            f"`{family.model_type}` stores all experts of a layer in one tensor, and this chain has tensors for each. "
+            "Load it with transformers and save it with `save_pretrained(folder, save_original_format=False)` first."
+        )
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)
     problems = []
@@ -237,7 +242,10 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
         if name is None:
             plan.dropped[key] = dropped
         else:
-            plan.outputs.append(Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key))
+            output = Output(name, tensor.shape, stored_dtype(name, tensor.dtype, options.dtype), key)
+            if family.is_row(name):
+                output = output._replace(shape=(1, *tensor.shape), make=lambda vector: vector.unsqueeze(0))
+            plan.outputs.append(output)
         if problem is not None:
             problems.append(problem)
     if problems:
@@ -252,9 +260,8 @@ def _first_that_fits(config: CoeConfig) -> tuple[Family, CoeConfig, PreTrainedCo
     """The first family that can express a chain, the chain of one iteration on that family's backbone that it is equal
     to, and the family's configuration."""
     errors = []
-    for model_type, family in FAMILIES.items():
-        is_alias = model_type != family.model_type
-        if not is_alias and not family.dense and config.backbone in (family.backbone, *family.equal_backbones):
+    for family in FAMILIES.values():
+        if not family.dense and config.backbone in (family.backbone, *family.equal_backbones):
             single = _single_iteration(config, family.backbone)
             try:
                 return family, single, family.source_config(single)

@@ -20,7 +20,7 @@ import model_cards
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
-from .families import FAMILIES
+from .families import ALIASES, FAMILIES
 from .plan import Plan
 from .source import Source
 from .tensors import Place
@@ -167,15 +167,13 @@ def describe_families() -> str:
     """The families that can be converted, and what of them is not kept or must have one value, for `--list`."""
     lines = []
     for name, family in FAMILIES.items():
-        if name != family.model_type:
-            lines.append(f"{name:20}as {family.model_type}")
-            continue
         kind = "dense, with --upcycle" if family.dense else "experts"
         lines.append(f"{name:20}{kind}; attention of {family.backbone}")
         lines += [f"{alias:20}as {name}, by the class in `architectures`" for alias in family.aliases]
         lines += [f"{'':20}  only `{field}={value}`" for field, value in family.required.items()]
         lines += [f"{'':20}  without `{field}`: {reason}" for field, reason in family.left_out.items()]
         lines += [f"{'':20}  without tensors {key}: {reason}" for key, reason in family.dropped_keys.items()]
+    lines += [f"{alias:20}as {name}" for alias, name in ALIASES.items()]
     lines.append(f"{CoeConfig.model_type:20}back, with --to source or --to official")
     return "\n".join([*lines, f"{OFFICIAL_MODEL_TYPE:20}the official implementation's, with --to coe"])
 

@@ -62,9 +62,13 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
     name = family.chain_key(key)
     place = Place.of(name)
     iterations = 0 if place.layer is None else config.num_iterations(place.layer)
+    is_row = family.is_row(key)
+    own_shape = tensor.shape[1:] if is_row else tensor.shape
 
-    def output(name: str, rule: str = "copied", shape: tuple[int, ...] = tensor.shape, **make: Callable) -> Output:
+    def output(name: str, rule: str = "copied", shape: tuple[int, ...] = own_shape, **make: Callable) -> Output:
         name = place.prefix + name
+        if is_row:
+            make = {"make": lambda row: row.squeeze(0)}
         return Output(name, shape, stored_dtype(name, tensor.dtype, options.dtype), key, rule, **make)
 
     if iterations == 0:

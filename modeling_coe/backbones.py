@@ -10,7 +10,22 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
 )
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
+    Ernie4_5_MoeAttention,
+    Ernie4_5_MoeRMSNorm,
+    Ernie4_5_MoeRotaryEmbedding,
+)
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
+from transformers.models.granitemoe.modeling_granitemoe import (
+    GraniteMoeAttention,
+    GraniteMoeRMSNorm,
+    GraniteMoeRotaryEmbedding,
+)
+from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import (
+    HunYuanMoEV1Attention,
+    HunYuanMoEV1RMSNorm,
+    HunYuanMoEV1RotaryEmbedding,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.minimax_m2.modeling_minimax_m2 import (
     MiniMaxM2Attention,
@@ -55,4 +70,7 @@ BACKBONE_MODULES = {
     "qwen3": BackboneModules(Qwen3Attention, Qwen3RotaryEmbedding, Qwen3RMSNorm),
     "glm4_moe": BackboneModules(Glm4MoeAttention, Glm4MoeRotaryEmbedding, Glm4MoeRMSNorm),
     "minimax_m2": BackboneModules(MiniMaxM2Attention, MiniMaxM2RotaryEmbedding, MiniMaxM2RMSNorm),
+    "granitemoe": BackboneModules(GraniteMoeAttention, GraniteMoeRotaryEmbedding, GraniteMoeRMSNorm),
+    "ernie4_5_moe": BackboneModules(Ernie4_5_MoeAttention, Ernie4_5_MoeRotaryEmbedding, Ernie4_5_MoeRMSNorm),
+    "hunyuan_v1_moe": BackboneModules(HunYuanMoEV1Attention, HunYuanMoEV1RotaryEmbedding, HunYuanMoEV1RMSNorm),
 }

@@ -71,7 +71,7 @@ from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
 from .quantization import layer_recipe
-from .releases import CACHE, cache_argument, slice_logits_to_keep, takes_cache
+from .releases import CACHE, cache_argument, initialize_rotary_embedding, slice_logits_to_keep, takes_cache
 from .staging import staged_files
 from .state_dict import (
     check_gatherable,
@@ -277,8 +277,8 @@ class CoeIterationScale(nn.Module):
 class ExpertChain:
     """The chain of one layer, for decoder layers made of any engine's parts.
 
-    Reads `num_iterations`, `residual_rule`, the modules `post_attention_layernorm` and `mlp` (called as [`CoeMoE`]),
-    and `iteration_scale` where the rule has scales.
+    Reads `num_iterations`, `residual_rule`, `residual_multiplier`, the modules `post_attention_layernorm` and `mlp`
+    (called as [`CoeMoE`]), and `iteration_scale` where the rule has scales.
     """
 
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -289,6 +289,7 @@ class ExpertChain:
         with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
                 y, chosen_experts = self.mlp(x, iteration, used_experts)
+                y = y * self.residual_multiplier
                 if rule == "split":
                     used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
                 if rule in ("prenorm", "split"):
@@ -321,6 +322,7 @@ class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
         self.num_iterations = config.num_iterations(layer_idx)
         self.is_sparse = self.num_iterations > 0
         self.residual_rule = config.residual_rule_of(layer_idx)
+        self.residual_multiplier = config.residual_multiplier
         self.self_attn = backbone.attention(config, layer_idx)
         self.mlp = CoeMoE(config, layer_idx) if self.is_sparse else DeepseekV2MLP(config)
         self.input_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -349,9 +351,9 @@ class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
             **cache_argument(cache),
             **kwargs,
         )
-        hidden_states = hidden_states + attention_output
+        hidden_states = hidden_states + attention_output * self.residual_multiplier
         if not self.is_sparse:
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_multiplier
         return self.chain(hidden_states)
 
 
@@ -382,6 +384,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # covers the routers' weights and the experts' 3D parameters
+        initialize_rotary_embedding(module)
         if isinstance(module, CoeRouter) and module.topk_method == "noaux_tc":
             init.zeros_(module.e_score_correction_bias)
         if isinstance(module, CoeIterationScale):
@@ -631,7 +634,7 @@ class CoeModel(CoePreTrainedModel):
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
-        hidden_states = inputs_embeds
+        hidden_states = inputs_embeds * self.config.embedding_multiplier
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
@@ -780,7 +783,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        logits = self.lm_head(hidden_states / self.config.logits_scaling)
 
         loss = aux_loss = router_z_loss = None
         if record_routers and outputs.router_logits:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
+from torch import nn
+from transformers import initialization as init
 from transformers import modeling_utils
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1RotaryEmbedding
 from transformers.utils.deprecation import deprecate_kwarg
 
 
@@ -65,4 +68,23 @@ CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(modeling_utils.PreTrainedModel, "activation_checkpointing_enable")
     else "gradient_checkpointing"
+)
+
+
+def _initialize_rotary_embedding(module: nn.Module) -> None:
+    if isinstance(module, HunYuanMoEV1RotaryEmbedding):
+        made = HunYuanMoEV1RotaryEmbedding(module.config)
+        init.copy_(module.inv_freq, made.inv_freq)
+        init.copy_(module.original_inv_freq, made.original_inv_freq)
+
+
+def _leave(module: nn.Module) -> None:
+    pass
+
+
+# 5.20 initialises all rotary embeddings; before, it lost the `alpha` of HunYuan's, which its own models put right.
+initialize_rotary_embedding = (
+    _leave
+    if hasattr(HunYuanMoEV1RotaryEmbedding, "compute_ntk_alpha_rope_parameters")
+    else _initialize_rotary_embedding
 )

@@ -11,24 +11,38 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    CwmConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
+    Ernie4_5_MoeConfig,
+    Ernie4_5Config,
     GenerationConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
+    HYV3Config,
     LlamaConfig,
+    MiniCPM3Config,
     MiniMaxM2Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SolarOpenConfig,
+    YoutuConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -64,6 +78,10 @@ DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+HEADS = {
+    name: DEEPSEEK[name]
+    for name in ("num_key_value_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+}
 LATENT = {name: value for name, value in DEEPSEEK.items() if name != "first_k_dense_replace"}
 GROUPED = {
     **MOE,
@@ -93,6 +111,32 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 GROUPS = {"n_group": 4, "topk_group": 2}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 TIED = {"tie_word_embeddings": True}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+}
+NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
+GRANITE = {
+    "num_key_value_heads": 2,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+ERNIE = {
+    **DENSE,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 24,
+    "moe_k": 4,
+    "moe_num_experts": 8,
+}
+HUNYUAN = {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8, "moe_topk": 4}
+HY3 = {**MOE, "moe_intermediate_size": 24, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
 # Name -> config class and its fields.
@@ -224,11 +268,85 @@ MOE_SOURCES = {
             "rope_parameters": LLAMA3,
         },
     ),
+    "granitemoe": (GraniteMoeConfig, {**MOE, **GRANITE, "num_local_experts": 8}),
+    "granitemoe-tied": (
+        GraniteMoeConfig,
+        {
+            **(MOE | GRANITE | TIED),
+            "num_local_experts": 8,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "granitemoe-neutral": (GraniteMoeConfig, {**MOE, "num_local_experts": 8, "attention_multiplier": 0.3}),
+    "ernie4_5_moe": (Ernie4_5_MoeConfig, {**ERNIE, "head_dim": 16, "tie_word_embeddings": False}),
+    "ernie4_5_moe-interval": (
+        Ernie4_5_MoeConfig,
+        {
+            **ERNIE,
+            "num_hidden_layers": 5,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "rope_parameters": LINEAR,
+        },
+    ),
+    "hunyuan_v1_moe": (HunYuanMoEV1Config, HUNYUAN),
+    "hunyuan_v1_moe-alpha": (
+        HunYuanMoEV1Config,
+        {**(HUNYUAN | TIED), "head_dim": 16, "attention_bias": True, "rope_parameters": NTK_ALPHA},
+    ),
+    "hy_v3": (HYV3Config, {**HY3, "router_scaling_factor": 2.5}),
+    "hy_v3-sparse": (
+        HYV3Config,
+        {
+            **(HY3 | TIED),
+            "mlp_layer_types": ["sparse", "sparse"],
+            "num_shared_experts": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
 }
 DENSE_SOURCES = {
     "llama": (LlamaConfig, {**DENSE, "num_key_value_heads": 2, "attention_bias": True, "rope_parameters": LLAMA3}),
     "qwen3": (Qwen3Config, {**(DENSE | WINDOW), "num_key_value_heads": 2, "head_dim": 16, "max_window_layers": 1}),
     "mistral": (MistralConfig, {**(DENSE | TIED), "num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": (Qwen2Config, {**(DENSE | WINDOW | TIED), "num_key_value_heads": 2, "max_window_layers": 1}),
+    "ministral": (
+        MinistralConfig,
+        {
+            **DENSE,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "cwm": (CwmConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5}),
+    "seed_oss": (SeedOssConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 16}),
+    "granite": (GraniteConfig, {**DENSE, **GRANITE, "attention_bias": True}),
+    "ernie4_5": (Ernie4_5Config, {**DENSE, "num_key_value_heads": 2, "head_dim": 16}),
+    "helium": (HeliumConfig, {**DENSE, "num_key_value_heads": 2, "head_dim": 8}),
+    "hunyuan_v1_dense": (
+        HunYuanDenseV1Config,
+        {**DENSE, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": NTK_ALPHA},
+    ),
+    "youtu": (YoutuConfig, {**DENSE, **HEADS, "q_lora_rank": 12, "rope_parameters": YARN}),
+    "minicpm3": (
+        MiniCPM3Config,
+        {
+            **(DENSE | TIED | HEADS),
+            "q_lora_rank": 12,
+            "scale_emb": 6,
+            "scale_depth": 0.8,
+            "dim_model_base": 16,
+            "rope_parameters": LONGROPE,
+        },
+    ),
 }
 
 
@@ -243,11 +361,12 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, see
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.dim() == 1 and tensor.is_floating_point():
+            if 1 in (tensor.dim(), *tensor.shape[:-1]) and tensor.is_floating_point():
                 tensor.add_(0.2 * torch.randn_like(tensor))
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
-            module.e_score_correction_bias = module.e_score_correction_bias.float()  # as `from_pretrained` keeps it
+            bias = module.e_score_correction_bias
+            bias.data = bias.data.float()  # as `from_pretrained` keeps it
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=model.config)  # its frequencies are buffers too
     return model

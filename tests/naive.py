@@ -69,6 +69,7 @@ def chain(hidden_states: torch.Tensor, parameters: dict[str, torch.Tensor], conf
                 if config.backbone == "qwen2_moe":
                     shared_output = torch.sigmoid(parameters["mlp.shared_expert_gate.weight"] @ x) * shared_output
                 y = y + shared_output
+            y = config.residual_multiplier * y
             total = total + y
             if config.upcycling is not None:
                 x = x + parameters["iteration_scale.weight"][t] * y if t < config.inner_iter - 1 else x

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from configuration_coe import BACKBONES
+from configuration_coe import BACKBONES, RESIDUAL_RULES
 from modeling_coe import CoeForCausalLM
 from modeling_coe.backbones import BACKBONE_MODULES
 from modeling_coe.modeling_coe import CoeRouter
@@ -96,6 +96,21 @@ def test_generation_with_caches_equals_without(backbone):
     expected = model.generate(prompt, use_cache=False, **arguments)
     assert torch.equal(model.generate(prompt, **arguments), expected)
     assert torch.equal(model.generate(prompt, cache_implementation="static", **arguments), expected)
+
+
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
+def test_multipliers_are_those_of_the_weights(rule):
+    fields = {"n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3, **RESIDUAL_RULES[rule]}
+    model = randomize(tiny_model(**fields))
+    multiplied = tiny_model(embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=5.0, **fields)
+    multiplied.load_state_dict(model.state_dict())
+    factors = {"embed_tokens": 3.0, "o_proj": 0.4, "down_proj": 0.4, "lm_head": 0.2}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for part in factors.keys() & set(name.split(".")):
+                parameter *= factors[part]
+        ids = random_ids(2, 7)
+        assert_equal_up_to_rounding(multiplied(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("backbone", WINDOWS)

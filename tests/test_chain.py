@@ -115,10 +115,21 @@ def routing_margin(layer, hidden_states) -> float:
     num_tokens=st.integers(1, 6),
     identical_tokens=st.booleans(),
     backbone=st.sampled_from(["deepseek_v2", "qwen2_moe"]),
+    residual_multiplier=st.sampled_from([1.0, 0.4]),
     seed=st.integers(0, 2**31),
 )
 def test_chain_equals_naive_loop(
-    rule, router, inner_iter, use_igate, n_shared_experts, top_k, num_tokens, identical_tokens, backbone, seed
+    rule,
+    router,
+    inner_iter,
+    use_igate,
+    n_shared_experts,
+    top_k,
+    num_tokens,
+    identical_tokens,
+    backbone,
+    residual_multiplier,
+    seed,
 ):
     if rule in ("refine", "split"):
         inner_iter, use_igate = max(2, inner_iter), True
@@ -133,6 +144,7 @@ def test_chain_equals_naive_loop(
         use_igate=use_igate,
         n_shared_experts=n_shared_experts,
         backbone=backbone,
+        residual_multiplier=residual_multiplier,
         **RESIDUAL_RULES[rule],
         **ROUTERS[router],
     )

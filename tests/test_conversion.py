@@ -1,5 +1,6 @@
 """Conversion: the source's function is kept, weights come back bit by bit, and nothing is left where it fails."""
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -20,15 +21,27 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from configuration_coe import CoeConfig
 from conversion import ConversionError, Options, checkpoint, convert, converter, describe, plan_conversion
 from conversion.checkpoint import Checkpoint
 from conversion.cli import main
 from conversion.families import FAMILIES
 from modeling_coe.releases import CACHE
 
-from .conversion_sources import MOE_SOURCES, edit_json, edit_tensor, make_config, make_model, make_source, stored
+from .conversion_sources import (
+    DENSE_SOURCES,
+    MOE_SOURCES,
+    edit_json,
+    edit_tensor,
+    make_config,
+    make_model,
+    make_source,
+    stored,
+)
 from .helpers import ROOT, assert_equal_up_to_rounding, tiny_model
+from .published_configs_b import PUBLISHED
 
 
 MODES = [("identity", 1), ("refine", 2), ("refine", 4), ("split", 2), ("split", 4)]
@@ -152,7 +165,7 @@ def test_function_is_kept(sources, chains, name, options):
         assert torch.equal(generate(model), generated_by(sources(name)))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral", "ernie4_5_moe", "hunyuan_v1_moe"])
 def test_stored_dtype_is_kept(sources, tmp_path, name):
     source = sources(name, dtype=torch.bfloat16)
     # From 5.24 on, transformers keeps the routers of some families in float32.
@@ -182,7 +195,7 @@ def test_dtype_rounds_the_source(sources, tmp_path, dtype):
 
 
 def test_fused_source(sources, tmp_path):
-    for name in ("qwen2_moe", "mixtral"):
+    for name in ("qwen2_moe", "mixtral", "granitemoe", "ernie4_5_moe", "hy_v3"):
         source, out = sources(name, fused=True), tmp_path / name
         assert any(key.endswith("experts.gate_up_proj") for key in stored(source))
         convert(source, out, verify_tokens=24)
@@ -207,7 +220,7 @@ def test_only_some_layers_are_chained(sources, tmp_path):
 
 @pytest.mark.parametrize("upcycle", ["copy", "slice"])
 @pytest.mark.parametrize(
-    "name, options", [("llama", CHAINS[0]), ("llama", CHAINS[1]), ("qwen3", CHAINS[3]), ("mistral", CHAINS[3])]
+    "name, options", [("llama", CHAINS[0]), ("llama", CHAINS[1]), *((name, CHAINS[3]) for name in DENSE_SOURCES)]
 )
 def test_dense_source_keeps_its_function(sources, tmp_path, name, upcycle, options):
     options = Options(**{**vars(options), "upcycle": upcycle, "experts": 4})
@@ -216,7 +229,8 @@ def test_dense_source_keeps_its_function(sources, tmp_path, name, upcycle, optio
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.n_routed_experts == 4
     assert config.moe_intermediate_size == (48 if upcycle == "copy" else 12)
-    assert_same_function(sources(name), tmp_path / "out")
+    model = assert_same_function(sources(name), tmp_path / "out")
+    assert torch.equal(generate(model), generated_by(sources(name)))
 
 
 def test_only_some_layers_get_experts(sources, tmp_path):
@@ -312,6 +326,60 @@ def test_converted_model_trains(sources, chains, tmp_path, name, mode):
     )
 
 
+# ------------------------------------------------------------------------------------------- published sources
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_understood(name):
+    """The chain that one becomes has as many parameters as transformers' own model."""
+    config = CONFIG_MAPPING[PUBLISHED[name]["model_type"]].from_dict(copy.deepcopy(PUBLISHED[name]))
+    family = FAMILIES[config.model_type]
+    fields, _ = family.chain_fields(config)
+    experts = {"n_routed_experts": None} if family.dense else {}
+    chain = CoeConfig(**fields, **experts, inner_iter=1, prenorm_residual=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    assert chain.total_parameters == sum(size for key, size in sizes.items() if "correction_bias" not in key)
+
+
+def test_numbers_that_are_listed_for_every_layer(copied, tmp_path):
+    source = copied("hunyuan_v1_moe")
+    edit_json(source / "config.json", moe_topk=[4, 4], moe_intermediate_size=[48, 48])
+    report = convert(source, tmp_path / "out", verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_experts_per_tok == 2
+    assert any("`moe_intermediate_size=[48, 48]`" in remark for remark in report["remarks"])
+    edit_json(source / "config.json", moe_topk=[4, 2])
+    assert_refused(source, tmp_path / "second", "`moe_topk` of the source is [4, 2]")
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("ernie4_5_moe", {"use_bias": True}, "`use_bias` of the source is True"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.5}, "`moe_norm_min` of the source is 0.5"),
+        ("ernie4_5_moe", {"moe_k": 9}, "moe_k"),
+        ("ernie4_5_moe", {"moe_k": 0}, "`moe_k` in config.json is 0"),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}, "`moe_layer_interval` in config.json is 0"),
+        ("ernie4_5_moe", {"moe_num_experts": 10**9}, "`moe_num_experts` in config.json is 1000000000"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 0}, "`moe_layer_end_index=0`"),
+        ("hy_v3", {"mlp_layer_types": ["sparse", "sparse"]}, "`mlp_layer_types=['sparse', 'sparse']`"),
+        ("hunyuan_v1_moe", {"moe_topk": 0}, "moe_topk"),
+        ("hunyuan_v1_moe", {"num_experts": [8, 8]}, "`num_experts` in config.json is [8, 8]"),
+        ("granitemoe", {"residual_multiplier": 0.0}, "residual_multiplier"),
+        ("granitemoe", {"logits_scaling": -1.0}, "logits_scaling"),
+        ("granitemoe", {"embedding_multiplier": "12"}, "embedding_multiplier"),
+        ("granitemoe", {"embedding_multiplier": None}, "embedding_multiplier"),
+        ("granitemoe", {"attention_multiplier": 0}, "attention_multiplier"),
+        ("hy_v3", {"router_scaling_factor": 0.0}, "router_scaling_factor"),
+    ],
+)
+def test_values_of_newer_families_that_are_refused(copied, tmp_path, name, changes, message):
+    source = copied(name)
+    edit_json(source / "config.json", **changes)
+    assert_refused(source, tmp_path / "out", message)
+
+
 # ------------------------------------------------------------------------------------------- and back
 
 
@@ -343,6 +411,17 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert original.keys() == returned.keys()
     for key in original:
         assert returned[key].dtype == original[key].dtype and torch.equal(returned[key], original[key]), key
+
+
+def test_experts_of_their_own_do_not_go_back_into_one_tensor(tmp_path):
+    fields = {"inner_iter": 1, "prenorm_residual": True, "norm_topk_prob": True, "n_shared_experts": None}
+    model = tiny_model(backbone="granitemoe", intermediate_size=24, **fields)
+    model.save_pretrained(tmp_path / "apart")
+    options = Options(to="source")
+    assert_refused(tmp_path / "apart", tmp_path / "back", "save_original_format=False", options=options)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    convert(tmp_path / "fused", tmp_path / "back", options, verify_tokens=8)
+    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "granitemoe"
 
 
 def test_whole_numbers_where_a_family_wants_fractions(chains, tmp_path):
@@ -570,6 +649,8 @@ def test_push(sources, tmp_path, monkeypatch):
 def test_a_wrong_table_is_caught(sources, tmp_path, monkeypatch, name):
     family = FAMILIES[name.partition("-")[0]]
     up, gate = "mlp.experts.*.up_proj.weight", "mlp.experts.*.gate_proj.weight"
+    if family.fuses_experts:  # the two are one tensor
+        up, gate = "input_layernorm.weight", "post_attention_layernorm.weight"
     names = {chain: source for source, chain in family.keys.items()}
     swapped = {**family.keys, names.get(up, up): gate, names.get(gate, gate): up}
     monkeypatch.setitem(FAMILIES, family.model_type, dataclasses.replace(family, keys=swapped))
@@ -766,6 +847,14 @@ def test_layers_that_predict_further_tokens_must_be_counted(copied, tmp_path):
     assert convert(source, tmp_path / "out", verify_tokens=8)["tensors"]["dropped"].keys() == {
         "model.layers.2.enorm.weight"
     }
+
+
+def test_further_tokens_are_predicted_by_parts_with_a_name(copied, tmp_path):
+    source = copied("ernie4_5_moe")
+    file = next(iter(source.glob("*.safetensors")))
+    key = "model.mtp_emb_norm.0.weight"
+    save_file(load_file(file) | {key: torch.ones(32)}, file, {"format": "pt"})
+    assert convert(source, tmp_path / "out", verify_tokens=8)["tensors"]["dropped"].keys() == {key}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -124,3 +124,15 @@ def test_routers_of_a_half_precision_model_are_in_float32(tmp_path, dtype, way):
     if way == "from_pretrained":
         for name in routers:
             assert torch.equal(tensors[name], model.state_dict()[name])
+
+
+def test_a_loaded_model_rotates_as_one_that_was_made(tmp_path):
+    """HunYuan's `alpha` stretches the angles, where the rotary embedding is called dynamic."""
+    rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
+    model = tiny_model(backbone="hunyuan_v1_moe", rope_parameters=rope_parameters)
+    model.save_pretrained(tmp_path)
+    frequencies = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb.inv_freq
+    base = 10000.0 * 50.0 ** (8 / 6)
+    expected = base ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(frequencies, expected)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)

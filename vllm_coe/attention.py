@@ -16,6 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLAAttention
 from vllm.model_executor.models.llama import LlamaAttention
@@ -41,6 +42,20 @@ class NativeRotaryEmbedding(nn.Module):
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.rotary_emb.forward_native(positions, query, key)
+
+
+class GroupedQueryAttention(LlamaAttention):
+    """vLLM's attention of Llama, with the scale and the order of rotated dimensions that the backbone has."""
+
+    def _init_rotary_emb(self, config: CoeConfig, quant_config: QuantizationConfig | None) -> None:
+        with torch.device("meta"):
+            self.scaling = BACKBONE_MODULES[config.backbone].attention(config, 0).scaling
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=self.max_position_embeddings,
+            is_neox_style=not BACKBONES[config.backbone].rotates_neighbours,
+            rope_parameters=config.rope_parameters,
+        )
 
 
 class ExpandedLatentAttention(nn.Module):
@@ -193,7 +208,7 @@ def build_attention(vllm_config: VllmConfig, layer_idx: int, prefix: str) -> nn.
         attention = OlmoeAttention(vllm_config=vllm_config, prefix=prefix)
         attention.q_norm.variance_epsilon = attention.k_norm.variance_epsilon = config.rms_norm_eps
     else:
-        attention = LlamaAttention(
+        attention = GroupedQueryAttention(
             config=config,
             **sizes,
             max_position_embeddings=config.max_position_embeddings,

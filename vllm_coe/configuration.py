@@ -140,6 +140,8 @@ def differences(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"`hidden_act` is {config.hidden_act!r}, and its gated MLPs have 'silu'. {TRANSFORMERS_BACKEND}"
     if backbone in ("olmoe", "qwen3", "qwen3_moe") and config.attention_bias:
         yield f"`attention_bias` is True {attention} in its output projection. {TRANSFORMERS_BACKEND}"
+    if BACKBONES[backbone].query_key_norms == "each head, rotated":
+        yield f"`backbone` is {backbone!r}, which has norms of rotated queries and keys. {TRANSFORMERS_BACKEND}"
     if backbone == "olmoe" and config.clip_qkv is not None:
         yield f"`clip_qkv` is {config.clip_qkv} {attention}. {TRANSFORMERS_BACKEND}"
     head_dim = config.hidden_size // config.num_attention_heads
@@ -166,6 +168,8 @@ def backend_differences(vllm_config: VllmConfig) -> Iterator[str]:
             f"`chain_layers` is {config.chain_layers}, and the other layers use {max(chosen)} experts, where it has "
             f"`num_experts_per_tok={config.num_experts_per_tok}` in all. {OWN_MODEL}"
         )
+    if config.logits_scaling != 1:
+        yield f"`logits_scaling` is {config.logits_scaling}, by which it divides no logits. {OWN_MODEL}"
     parallel_config = vllm_config.parallel_config
     if current_platform.is_cpu() and parallel_config.enable_expert_parallel and parallel_config.world_size > 1:
         yield f"`enable_expert_parallel` is True, and vLLM's CPU kernel takes all experts for its own. {OWN_MODEL}"

@@ -47,6 +47,7 @@ class CoeDecoderLayer(ExpertChain, nn.Module):
         layer_idx = int(prefix.rpartition(".")[2])
         self.num_iterations = config.num_iterations(layer_idx)
         self.residual_rule = config.residual_rule_of(layer_idx)
+        self.residual_multiplier = config.residual_multiplier
         self.self_attn = build_attention(vllm_config, layer_idx, f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -65,9 +66,10 @@ class CoeDecoderLayer(ExpertChain, nn.Module):
             self.iteration_scale = CoeIterationScale(self.num_iterations, config.hidden_size)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(positions, self.input_layernorm(hidden_states))
+        attention_output = self.self_attn(positions, self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + attention_output * self.residual_multiplier
         if not self.num_iterations:
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_multiplier
         return self.chain(hidden_states)
 
 
@@ -76,6 +78,7 @@ class CoeModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: CoeConfig = vllm_config.model_config.hf_config
+        self.embedding_multiplier = config.embedding_multiplier
         pipeline = get_pp_group()
         self.embed_tokens = self.norm = PPMissingLayer()
         if pipeline.is_first_rank or (config.tie_word_embeddings and pipeline.is_last_rank):
@@ -108,10 +111,10 @@ class CoeModel(nn.Module):
     ) -> torch.Tensor | IntermediateTensors:
         if not get_pp_group().is_first_rank:
             hidden_states = intermediate_tensors["hidden_states"]
-        elif inputs_embeds is not None:
-            hidden_states = inputs_embeds
         else:
-            hidden_states = self.embed_input_ids(input_ids)
+            if inputs_embeds is None:
+                inputs_embeds = self.embed_input_ids(input_ids)
+            hidden_states = inputs_embeds * self.embedding_multiplier
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden_states = layer(positions, hidden_states)
         if not get_pp_group().is_last_rank:
@@ -143,7 +146,7 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=1 / config.logits_scaling)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

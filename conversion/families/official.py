@@ -70,6 +70,9 @@ _REQUIRED = {
     "scoring_func": ("softmax",),
     "topk_method": ("greedy", "group_limited_greedy"),
     "router_z_loss_coef": (0,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
 }
 
 

@@ -118,6 +118,24 @@ MODELS = {
         "rms_norm_eps": 1e-3,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
+    "granitemoe, split": {
+        "backbone": "granitemoe",
+        "upcycling": "split",
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 0,
+        "norm_topk_prob": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "ernie4_5_moe": {
+        "backbone": "ernie4_5_moe",
+        "upcycling": "refine",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
     "dense": {"backbone": "qwen3", "n_routed_experts": None},
 }
 # A prefill of at most 32 tokens a step, blocks that hold fewer tokens than eight sequences need, and blocks kept for

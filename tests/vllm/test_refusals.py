@@ -15,6 +15,7 @@ DIFFERENT = {
     "attention_bias of qwen3_moe": {"backbone": "qwen3_moe", "attention_bias": True},
     "attention_bias of olmoe": {"backbone": "olmoe", "num_attention_heads": 2, "attention_bias": True},
     "clip_qkv": {"backbone": "olmoe", "num_attention_heads": 2, "clip_qkv": 2.0},
+    "backbone hunyuan_v1_moe": {"backbone": "hunyuan_v1_moe"},
     "rope_type": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
     "rope_parameters": {
         "backbone": "llama",

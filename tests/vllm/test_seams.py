@@ -14,6 +14,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.llama import LlamaAttention
 from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
 
@@ -21,6 +22,13 @@ def test_registries_are_dictionaries_by_name():
     """Without them latent attention is not recognised, and nothing is refused."""
     assert "deepseek_v3" not in MODEL_ARCH_CONFIG_CONVERTORS and isinstance(MODEL_ARCH_CONFIG_CONVERTORS, dict)
     assert "DeepseekV32ForCausalLM" in MODELS_CONFIG_MAP
+
+
+def test_attention_of_llama_is_scaled_after_its_rotary_embedding_is_made():
+    """Otherwise the scale and the rotary embedding of other backbones would be those of Llama."""
+    source = inspect.getsource(LlamaAttention.__init__)
+    rotary, attention = source.index("self._init_rotary_emb("), source.index("self.attn = ")
+    assert source.index("self.scaling = ") < rotary < attention < source.rindex("self.scaling")
 
 
 def test_routers_are_asked_by_compute_routing():

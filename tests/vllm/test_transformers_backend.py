@@ -26,6 +26,8 @@ SERVED = {
         "both, q_lora, biases",
     )
 } | {
+    "ernie4_5_moe": MODELS["ernie4_5_moe"],
+    "granitemoe, split": MODELS["granitemoe, split"] | {"logits_scaling": 1.0},
     "deepseek_v3, halves": MODELS["deepseek_v3, halves"]
     | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "q_lora_rank": 24, "attention_bias": True},
     "qwen2_moe, outer": {
@@ -55,6 +57,7 @@ SERVED_HERE_ALONE = {
     "attention_bias": {"backbone": "qwen3_moe", "attention_bias": True},
     "head_dim": {**MODELS["minimax_m2"], "head_dim": 64},
     "hidden_act": {"backbone": "llama", "n_routed_experts": None, "hidden_act": "gelu"},
+    "backbone": {"backbone": "hunyuan_v1_moe", "n_shared_experts": 1, "norm_topk_prob": True},
 }
 
 
@@ -140,6 +143,7 @@ def test_routers_stay_in_float32(use_igate, tmp_path):
             {"enable_expert_parallel": True, "tensor_parallel_size": 2},
             "`enable_expert_parallel` is True",
         ),
+        ({"backbone": "granitemoe", "logits_scaling": 6.0}, {}, "`logits_scaling` is 6.0.*leave `model_impl` out"),
         ({"backbone": "llama"}, {"enable_return_routed_experts": True}, "`enable_return_routed_experts` is True"),
     ],
 )
