@@ -85,6 +85,11 @@ from .state_dict import (
 logger = logging.get_logger(__name__)
 
 
+def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """`factor * tensor`, at no cost where the factor is 1, as it is for most families."""
+    return tensor if factor == 1 else tensor * factor
+
+
 class CoeRouter(DeepseekV2TopkRouter):
     """Chooses K of N experts for every token and weighs them, in fp32 (or wider) whatever the model's dtype.
 
@@ -289,7 +294,7 @@ class ExpertChain:
         with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
                 y, chosen_experts = self.mlp(x, iteration, used_experts)
-                y = y * self.residual_multiplier
+                y = scaled(y, self.residual_multiplier)
                 if rule == "split":
                     used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
                 if rule in ("prenorm", "split"):
@@ -351,9 +356,10 @@ class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
             **cache_argument(cache),
             **kwargs,
         )
-        hidden_states = hidden_states + attention_output * self.residual_multiplier
+        hidden_states = hidden_states + scaled(attention_output, self.residual_multiplier)
         if not self.is_sparse:
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_multiplier
+            output = self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + scaled(output, self.residual_multiplier)
         return self.chain(hidden_states)
 
 
@@ -634,7 +640,7 @@ class CoeModel(CoePreTrainedModel):
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
-        hidden_states = inputs_embeds * self.config.embedding_multiplier
+        hidden_states = scaled(inputs_embeds, self.config.embedding_multiplier)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
@@ -783,7 +789,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states / self.config.logits_scaling)
+        logits = self.lm_head(scaled(hidden_states, 1 / self.config.logits_scaling))
 
         loss = aux_loss = router_z_loss = None
         if record_routers and outputs.router_logits:

@@ -31,7 +31,7 @@ from vllm.sequence import IntermediateTensors
 from configuration_coe import BACKBONES, CoeConfig
 from modeling_coe import CoeForCausalLM as CoeForCausalLMOfTransformers
 from modeling_coe.checkpoint import check_chain_keys, shorten
-from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain
+from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain, scaled
 
 from .attention import build_attention
 from .configuration import module_name
@@ -67,9 +67,10 @@ class CoeDecoderLayer(ExpertChain, nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         attention_output = self.self_attn(positions, self.input_layernorm(hidden_states))
-        hidden_states = hidden_states + attention_output * self.residual_multiplier
+        hidden_states = hidden_states + scaled(attention_output, self.residual_multiplier)
         if not self.num_iterations:
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_multiplier
+            output = self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + scaled(output, self.residual_multiplier)
         return self.chain(hidden_states)
 
 
@@ -114,7 +115,7 @@ class CoeModel(nn.Module):
         else:
             if inputs_embeds is None:
                 inputs_embeds = self.embed_input_ids(input_ids)
-            hidden_states = inputs_embeds * self.embedding_multiplier
+            hidden_states = scaled(inputs_embeds, self.embedding_multiplier)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden_states = layer(positions, hidden_states)
         if not get_pp_group().is_last_rank:
