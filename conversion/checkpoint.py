@@ -78,6 +78,10 @@ class Checkpoint:
         """Size of all that the files hold."""
         return sum(tensor.nbytes for tensor in self._stored.values())
 
+    def nbytes_of(self, key: str) -> int:
+        """Size of a tensor in the files, with its scales."""
+        return sum(self._stored[name].nbytes for name in (key, self.scales.get(key)) if name is not None)
+
     def read(self, key: str) -> torch.Tensor:
         """One tensor, in memory of its own and as it is stored; what a weight in FP8 stands for is in float32.
 
