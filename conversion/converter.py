@@ -121,7 +121,9 @@ def convert(
             (staging / file.relative_to(folder)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, staging / file.relative_to(folder))
         with _bar("Verifying", plan.checkpoint.nbytes + plan.nbytes, progress) as bar:
-            verification = compare(folder, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
+            verification = compare(
+                folder, staging, batch, plan.options.dtype, tolerance, bar.update, source_class=plan.source_class
+            )
         _judge(plan, verification)
         report = make_report(plan, name, verification)
         write_report(report, staging)

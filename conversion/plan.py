@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import modeling_coe  # noqa: F401  registers the Auto classes
@@ -82,6 +82,7 @@ class Plan:
         outputs: What is written, in the order of the source's tensors.
         dropped: Tensors of the source that are left out -> why.
         remarks: What else the user should know.
+        source_class: Of the source's model, where transformers does not know it.
     """
 
     checkpoint: Checkpoint
@@ -95,6 +96,7 @@ class Plan:
     outputs: list[Output] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    source_class: type[PreTrainedModel] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, ConversionError, shorten, stored_dtype
 from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
+from .families.official_script import plan_from_script, script_weights
 from .family import Family
 from .plan import Options, Output, Plan, account, drop_tied_head
 from .tensors import to_chain, to_source
@@ -187,6 +188,13 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
         raise ConversionError(
             f"The source is a chain of experts already: {', '.join(wrong)} cannot change it. Leave them out."
         )
+    if weights := script_weights(checkpoint):
+        if options.to != "coe":
+            raise ConversionError(
+                f"The source has `{weights[0]}`, as the official conversion script writes it. Make it a chain first, "
+                f"without `--to {options.to}`."
+            )
+        return plan_from_script(checkpoint, config, options)
     if options.to == "source":
         # First as it is: what does not fit the chain's own fields should be called by them.
         plan = _plan_copy(checkpoint, config, config, options)

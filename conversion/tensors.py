@@ -23,7 +23,7 @@ from .plan import Options, Output
 _ANCHOR = "post_attention_layernorm.weight"
 _SCALES = ("iteration_scale", "iteration_scale.weight")  # on disk, and as a state dict has it
 _LAYER_KEY = re.compile(r"(?P<prefix>model\.layers\.(?P<layer>\d+)\.)(?P<name>.+)")
-_ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
+ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
 _DENSE_MLP = re.compile(r"mlp\.(?P<projection>(?:gate|up|down)_proj)\.weight")
 
 
@@ -69,7 +69,7 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
 
     if iterations == 0:
         return [output(place.name)]
-    router = _ROUTER.fullmatch(place.name)
+    router = ROUTER.fullmatch(place.name)
     if router and not router["iteration"]:
         return _routers_to_chain(place, router["part"], iterations, options, output)
     if family.dense and (mlp := _DENSE_MLP.fullmatch(place.name)):
@@ -94,7 +94,7 @@ def to_source(key: str, family: Family, config: CoeConfig, checkpoint: Checkpoin
     place = Place.of(key)
     if place.name in _SCALES:
         return _scale_to_source(key, checkpoint)
-    router = _ROUTER.fullmatch(place.name)
+    router = ROUTER.fullmatch(place.name)
     if router and router["iteration"]:
         return _router_to_source(key, place, router, family, config, checkpoint)
     return WayBack(family.source_key(key))
@@ -103,16 +103,16 @@ def to_source(key: str, family: Family, config: CoeConfig, checkpoint: Checkpoin
 # ---- Routers: one in a family's layer, one for every iteration in a chain's -----------------------------------------
 
 
-def _router_name(part: str, iteration: int) -> str:
+def router_name(part: str, iteration: int) -> str:
     return f"mlp.gate.{iteration}.{part}"
 
 
 def _routers_to_chain(
     place: Place, part: str, iterations: int, options: Options, output: Callable[..., Output]
 ) -> list[Output]:
-    outputs = [output(_router_name(part, 0))]
+    outputs = [output(router_name(part, 0))]
     for t in range(1, iterations):
-        name = _router_name(part, t)
+        name = router_name(part, t)
         if options.router_noise and part == "weight":
             make = _add_noise(place.prefix + name, options)
             outputs.append(output(name, "copied, with noise", make=make))
@@ -131,7 +131,7 @@ def _router_to_source(
         return WayBack(family.source_key(f"{place.prefix}mlp.gate.{router['part']}"))
     if is_refined:
         return WayBack(dropped="without effect at zero scale")
-    kept_key = place.prefix + _router_name(router["part"], kept)
+    kept_key = place.prefix + router_name(router["part"], kept)
     differs = config.residual_rule == "split" and kept_key in checkpoint.tensors and checkpoint.differs(key, kept_key)
     return WayBack(
         dropped=f"equal to the router of iteration {kept}",
@@ -193,4 +193,4 @@ def _new_routers(
     else:
         rule = "new: random"
         make = lambda _: config.initializer_range * _noise(shape, place.prefix, options)  # noqa: E731
-    return [output(_router_name("weight", t), rule, shape, make=make) for t in range(iterations)]
+    return [output(router_name("weight", t), rule, shape, make=make) for t in range(iterations)]

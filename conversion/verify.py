@@ -124,6 +124,7 @@ def compare(
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     on_read: Callable[[int], object] = lambda nbytes: None,
+    source_class: type[PreTrainedModel] | None = None,
 ) -> Verification:
     """Runs both models in float32 and compares their logits.
 
@@ -134,11 +135,12 @@ def compare(
         dtype: What the source's tensors are rounded to first: what the result is stored as, if that is another.
         tolerance: Largest difference; by default `1e-4 * max(1, largest logit)`.
         on_read: Called with the size of every tensor that is read.
+        source_class: Of the source's model, where transformers does not know it.
 
     Raises:
         ConversionError: transformers cannot load or run one of them.
     """
-    expected = _checked_logits("source", source, batch, dtype, on_read)
+    expected = _checked_logits("source", source, batch, dtype, on_read, source_class)
     actual = _checked_logits("result", result, batch, None, on_read)
     largest = expected.abs().max().item()
     agreement = (expected.argmax(-1) == actual.argmax(-1)).float().mean().item()
@@ -178,13 +180,14 @@ def compute_logits(
     batch: Batch,
     dtype: torch.dtype | None = None,
     on_read: Callable[[int], object] = lambda nbytes: None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> torch.Tensor:
     """Logits (tokens that are no padding, vocabulary) in float32 of a folder's model, as `from_pretrained` loads it
-    but never in memory as a whole."""
+    but never in memory as a whole. The class is transformers' own for its configuration, unless one is given."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _quiet_loading():
-        model_class = _on_demand(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
-        model = model_class.from_pretrained(folder, dtype=torch.float32)
+        model_class = _on_demand(model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
+        model = model_class.from_pretrained(folder, config=config, dtype=torch.float32)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[batch.attention_mask.bool()]
 
