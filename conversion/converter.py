@@ -224,18 +224,26 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def _write_weights(plan: Plan, folder: Path, max_shard_size: int, bar: tqdm) -> None:
     """Writes one shard, or several, for each of the source's, tensor by tensor."""
+    # A tensor is written to one file, and read from several where it is made of slices.
+    stored: dict[str, list[Output]] = {}
+    for output in _in_file_order(plan):
+        stored.setdefault(output.stored_name, []).append(output)
     parts: list[list[Output]] = []
-    for _, outputs in groupby(_in_file_order(plan), key=lambda output: plan.checkpoint.tensors[output.source].file):
+    for _, tensors in groupby(stored.values(), key=lambda outputs: plan.checkpoint.tensors[outputs[0].source].file):
         size = max_shard_size
-        for output in outputs:
-            nbytes = torch.Size(output.shape).numel() * output.dtype.itemsize
+        for outputs in tensors:
+            nbytes = sum(output.nbytes for output in outputs)
             if size + nbytes > max_shard_size:
                 parts.append([])
                 size = 0
-            parts[-1].append(output)
+            parts[-1] += outputs
             size += nbytes
     shards = [
-        Shard(shard_name(i, len(parts)), {output.name: (output.shape, output.dtype) for output in outputs})
+        Shard(
+            shard_name(i, len(parts)),
+            {output.name: (output.shape, output.dtype) for output in outputs},
+            {output.name: output.slice for output in outputs if output.slice is not None},
+        )
         for i, outputs in enumerate(parts, start=1)
     ]
     for shard, outputs in zip(shards, parts, strict=True):

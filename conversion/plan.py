@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 import modeling_coe  # noqa: F401  registers the Auto classes
 from configuration_coe import CoeConfig
 
-from .checkpoint import Checkpoint, ConversionError, shorten
+from .checkpoint import Checkpoint, ConversionError, Slice, shorten
 from .families import FAMILIES
 
 
@@ -35,6 +35,8 @@ class Options:
         experts: Their number, 8 by default.
         top_k: How many of them a token uses, over all iterations; 2 by default, and all slices.
         ignored_fields: Fields of the source's configuration that need not be understood.
+        layout: `"experts"`, one tensor for each expert and projection, or `"fused"`, one for all experts of a layer,
+            as they are in memory; as in the source by default.
     """
 
     to: str = "coe"
@@ -49,6 +51,7 @@ class Options:
     experts: int | None = None
     top_k: int | None = None
     ignored_fields: tuple[str, ...] = ()
+    layout: str | None = None
 
 
 class Output(NamedTuple):
@@ -60,10 +63,20 @@ class Output(NamedTuple):
     source: str
     rule: str = "copied"
     make: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    slice: Slice | None = None
 
     @property
     def is_new(self) -> bool:
         return self.rule.startswith("new")
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def stored_name(self) -> str:
+        """Of the tensor that is stored, of which this may be a slice."""
+        return self.name if self.slice is None else self.slice.whole
 
 
 @dataclass
@@ -101,7 +114,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Size of the result's tensors."""
-        return sum(torch.Size(output.shape).numel() * output.dtype.itemsize for output in self.outputs)
+        return sum(output.nbytes for output in self.outputs)
 
 
 def drop_tied_head(plan: Plan) -> None:

@@ -17,6 +17,7 @@ from .families import FAMILIES
 from .families.official import official_config
 from .families.official_script import plan_from_script, script_weights
 from .family import Family
+from .layout import fuse_experts, split_experts
 from .plan import Options, Output, Plan, account, drop_tied_head
 from .tensors import to_chain, to_source
 
@@ -36,6 +37,10 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
         ConversionError: The source is damaged, unknown, at odds with its configuration, or cannot become what the
             options ask for.
     """
+    if options.layout is not None and options.to != "coe":
+        raise ConversionError(
+            f"`--layout {options.layout}` is for chains in our own layout. Leave it out with `--to {options.to}`."
+        )
     checkpoint = Checkpoint(folder)
     config = load_config(checkpoint)
     if isinstance(config, CoeConfig):
@@ -44,6 +49,10 @@ def plan_conversion(folder: Path, options: Options) -> Plan:
         plan = _plan_to_chain(checkpoint, config, options)
     drop_tied_head(plan)
     account(plan)
+    if options.layout == "fused":
+        fuse_experts(plan)
+    elif options.layout == "experts" or options.to == "official":
+        split_experts(plan)
     return plan
 
 
@@ -184,7 +193,7 @@ def _check_layers(layers: tuple[int, ...], allowed: range | list[int]) -> None:
 def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options) -> Plan:
     is_official = checkpoint.config_dict["model_type"] == OFFICIAL_MODEL_TYPE
     changed = [name for name, value in vars(options).items() if value != vars(Options())[name]]
-    if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype")]:
+    if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype", "layout")]:
         raise ConversionError(
             f"The source is a chain of experts already: {', '.join(wrong)} cannot change it. Leave them out."
         )
@@ -201,12 +210,12 @@ def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options
         drop_tied_head(plan)
         account(plan)
         return _plan_to_source(checkpoint, config, options)
-    if is_official != (options.to == "coe"):
+    if is_official != (options.to == "coe") and options.layout is None:
         raise ConversionError(
             f"The source is a Chain-of-Experts model {'in the official layout' if is_official else ''} already. "
-            f"Convert it with `--to source`{'' if is_official else ' or `--to official`'}."
+            f"Convert it with `--to source`{'' if is_official else ', `--to official` or `--layout`'}."
         )
-    result = config if is_official else official_config(config)
+    result = official_config(config) if options.to == "official" else config
     return _plan_copy(checkpoint, config, result, options)
 
 
