@@ -144,7 +144,8 @@ class CoeRouter(DeepseekV2TopkRouter):
             top_k_weights = scores.gather(-1, top_k_index)
             if self.norm_topk_prob:
                 top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
-            top_k_weights = top_k_weights * self.routed_scaling_factor
+            if self.routed_scaling_factor != 1:
+                top_k_weights = top_k_weights * self.routed_scaling_factor
         first = 0 if used_experts is None else used_experts.shape[-1]
         taken = slice(first, first + self.top_k)
         return router_logits, top_k_weights[:, taken], top_k_index[:, taken]
