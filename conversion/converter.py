@@ -40,7 +40,8 @@ from .checkpoint import (
 from .plan import Options, Output, Plan
 from .planner import plan_conversion
 from .report import make_report, write_card, write_report
-from .verify import Verification, compare, make_batch
+from .tensors import RANDOM_ROUTER
+from .verify import Verification, compare, make_batch, mean_mlp_inputs
 
 
 # Everything beside weights, config.json and code that belongs to a model.
@@ -112,6 +113,8 @@ def convert(
     plan = plan_conversion(folder, options or Options())
     carried = _find_carried(folder)
     batch = make_batch(folder, plan.source_config, verify_tokens, verify_text)
+    if any(output.rule == RANDOM_ROUTER for output in plan.outputs):
+        plan.mlp_inputs |= mean_mlp_inputs(folder, batch)
     _check_space(out, plan.nbytes)
     with _staged(out, overwrite) as staging:
         with _bar("Writing", plan.nbytes, progress) as bar:

@@ -96,6 +96,8 @@ class Plan:
         dropped: Tensors of the source that are left out -> why.
         remarks: What else the user should know.
         source_class: Of the source's model, where transformers does not know it.
+        mlp_inputs: Layers of a dense source -> mean (H,) of what their MLPs read, for new routers. A plan is made
+            without it; whoever carries it out adds it.
     """
 
     checkpoint: Checkpoint
@@ -110,6 +112,7 @@ class Plan:
     dropped: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     source_class: type[PreTrainedModel] | None = None
+    mlp_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

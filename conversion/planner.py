@@ -89,7 +89,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
         elif "shared_expert_gate" in key and not config.shared_expert_width:
             plan.dropped[key] = "it gates shared experts of width 0"
         else:
-            plan.outputs += to_chain(key, tensor, family, config, options)
+            plan.outputs += to_chain(key, tensor, family, config, options, plan.mlp_inputs)
     return plan
 
 

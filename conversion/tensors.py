@@ -21,6 +21,7 @@ from .plan import Options, Output
 
 # Every layer of every family has it: what a layer gets new is made, and stored, along with it.
 _ANCHOR = "post_attention_layernorm.weight"
+RANDOM_ROUTER = "new: random, orthogonal to the mean input"
 _SCALES = ("iteration_scale", "iteration_scale.weight")  # on disk, and as a state dict has it
 _LAYER_KEY = re.compile(r"(?P<prefix>model\.layers\.(?P<layer>\d+)\.)(?P<name>.+)")
 ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
@@ -49,7 +50,14 @@ class WayBack(NamedTuple):
     problem: str | None = None
 
 
-def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, options: Options) -> list[Output]:
+def to_chain(
+    key: str,
+    tensor: StoredTensor,
+    family: Family,
+    config: CoeConfig,
+    options: Options,
+    mlp_inputs: dict[int, torch.Tensor],
+) -> list[Output]:
     """What a chain stores for a tensor of its source, new tensors of the layer included.
 
     Args:
@@ -58,6 +66,8 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
         family (`Family`): The source's.
         config (`CoeConfig`): The chain's.
         options (`Options`): With all defaults filled in.
+        mlp_inputs (`dict[int, torch.Tensor]`): Of layers that get random routers, see [`random_router`]. They are
+            looked up when the tensors are made.
     """
     name = family.chain_key(key)
     place = Place.of(name)
@@ -78,7 +88,7 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
     if place.name == _ANCHOR:
         outputs += _new_scale(iterations, config, output)
         if family.dense:
-            outputs += _new_routers(place, iterations, config, options, output)
+            outputs += _new_routers(place, iterations, config, options, mlp_inputs, output)
     return outputs
 
 
@@ -182,8 +192,30 @@ def _experts_of_mlp(
     ]
 
 
+def random_router(noise: torch.Tensor, mean_input: torch.Tensor | None) -> torch.Tensor:
+    """A router (N, H) that spreads tokens over its experts: `noise` without its part along the mean of what it reads.
+
+    What tokens share, a third of what an MLP of SmolLM2-135M reads, makes all of them prefer the same rows of a random
+    router: the busiest of 8 experts gets 2.4 times its share, and 1.6 times without that part (means over layers and
+    seeds, `benchmarks/dense_sources.py`). The scale of its rows does not matter; what needs no data helps little.
+
+    Args:
+        noise (`torch.Tensor`): (N, H), normal.
+        mean_input (`torch.Tensor`, *optional*): (H,).
+    """
+    if mean_input is None or not mean_input.any():
+        return noise
+    direction = mean_input / mean_input.norm()
+    return noise - torch.outer(noise @ direction, direction)
+
+
 def _new_routers(
-    place: Place, iterations: int, config: CoeConfig, options: Options, output: Callable[..., Output]
+    place: Place,
+    iterations: int,
+    config: CoeConfig,
+    options: Options,
+    mlp_inputs: dict[int, torch.Tensor],
+    output: Callable[..., Output],
 ) -> list[Output]:
     """The routers of a layer, the same for all of its iterations."""
     shape = (config.n_routed_experts, config.hidden_size)
@@ -191,6 +223,10 @@ def _new_routers(
     if options.upcycle == "slice" and used == config.n_routed_experts:
         rule, make = "new: zero", lambda _: torch.zeros(shape)
     else:
-        rule = "new: random"
-        make = lambda _: config.initializer_range * _noise(shape, place.prefix, options)  # noqa: E731
+        rule = RANDOM_ROUTER
+
+        def make(_: torch.Tensor) -> torch.Tensor:
+            noise = config.initializer_range * _noise(shape, place.prefix, options)
+            return random_router(noise, mlp_inputs.get(place.layer))
+
     return [output(router_name("weight", t), rule, shape, make=make) for t in range(iterations)]

@@ -156,9 +156,31 @@ def compare(
     )
 
 
-def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
+@torch.no_grad()
+def mean_mlp_inputs(folder: Path, batch: Batch) -> dict[int, torch.Tensor]:
+    """Means (H,) in float32, over the tokens that are no padding, of what the MLP of every layer reads.
+
+    Raises:
+        ConversionError: transformers cannot load or run the model.
+    """
+    means: dict[int, torch.Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], layer_idx: int) -> None:
+        means[layer_idx] = args[0][batch.attention_mask.bool()].mean(0)
+
+    with _explained("source"), _quiet_loading():
+        model = _load_on_demand(folder)
+        for layer_idx, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(partial(keep, layer_idx=layer_idx))
+        model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return means
+
+
+@contextmanager
+def _explained(what: str):
+    """Errors of loading and running a model, which name it and the remedy."""
     try:
-        logits = compute_logits(folder, batch, *arguments)
+        yield
     except ConversionError as error:
         raise ConversionError(f"Verification failed. The {what}: {error}") from error
     except Exception as error:  # of whatever part of transformers, which the message must name
@@ -166,6 +188,11 @@ def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.
             f"Verification failed. transformers {transformers.__version__} cannot run the {what}: "
             f"{type(error).__name__}: {' '.join(str(error).split())}. Correct config.json or the weights."
         ) from error
+
+
+def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
+    with _explained(what):
+        logits = compute_logits(folder, batch, *arguments)
     if not logits.isfinite().all():
         raise ConversionError(
             f"Verification failed. Logits of the {what} are not finite in transformers {transformers.__version__}: "
@@ -184,12 +211,21 @@ def compute_logits(
 ) -> torch.Tensor:
     """Logits (tokens that are no padding, vocabulary) in float32 of a folder's model, as `from_pretrained` loads it
     but never in memory as a whole. The class is transformers' own for its configuration, unless one is given."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _quiet_loading():
-        model_class = _on_demand(model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
-        model = model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+        model = _load_on_demand(folder, dtype, on_read, model_class)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[batch.attention_mask.bool()]
+
+
+def _load_on_demand(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_read: Callable[[int], object] = lambda nbytes: None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model_class = _on_demand(model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], dtype, on_read)
+    return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
 def _on_demand(model_class: type[PreTrainedModel], dtype: torch.dtype | None, on_read) -> type[PreTrainedModel]:
