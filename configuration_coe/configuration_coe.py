@@ -3,7 +3,7 @@
 
 import copy
 from math import comb, prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -100,6 +100,8 @@ RESIDUAL_RULES: dict[ResidualRule, dict[str, bool | str]] = {
     "refine": {"upcycling": "refine"},
     "split": {"upcycling": "split"},
 }
+# The first official configurations name the rule in a field `residual`.
+_OFFICIAL_RESIDUALS: dict[str, ResidualRule] = {"inner": "inner", "outer": "outer", "addinit": "init", "none": "none"}
 
 
 @strict
@@ -128,8 +130,8 @@ class CoeConfig(DeepseekV2Config):
     exactly a DeepSeek-V2 layer.
 
     Fields that are not listed keep the meaning they have in [`DeepseekV2Config`]. All names of the official
-    `config.json` are kept, so one loads unchanged, also with `model_type: coe_deepseekv2` and with the older
-    `rope_scaling` and `rope_theta` keys.
+    `config.json` are kept, so one loads unchanged, also with `model_type: coe_deepseekv2`, with the older
+    `rope_scaling` and `rope_theta` keys, and with the rule in a field `residual`, as the first ones have it.
 
     Args:
         inner_iter (`int`, defaults to 2):
@@ -296,6 +298,8 @@ class CoeConfig(DeepseekV2Config):
                 f"`model_type` is {model_type!r}, which is not a Chain-of-Experts configuration "
                 f"({self.model_type!r} or {OFFICIAL_MODEL_TYPE!r}). Load this folder with `AutoConfig` instead."
             )
+        if "residual" in kwargs:
+            self._set_residual(kwargs.pop("residual"))
         # The base class completes these dictionaries in place; the caller's own must stay as they are.
         self.rope_parameters = copy.deepcopy(self.rope_parameters)
         if "rope_scaling" in kwargs:
@@ -320,6 +324,29 @@ class CoeConfig(DeepseekV2Config):
         self.validate_chain()
         self.validate_routing()
         self._complete_plans()
+
+    def _set_residual(self, residual: str) -> None:
+        """Sets the flags that mean what the first official configurations call `residual`."""
+        if residual not in _OFFICIAL_RESIDUALS:
+            raise ValueError(f"`residual` is {residual!r}; choose one of {tuple(_OFFICIAL_RESIDUALS)}.")
+        selecting = RESIDUAL_RULES[_OFFICIAL_RESIDUALS[residual]]
+        for name in ("inner_residual", "outer_residual", "init_residual", "prenorm_residual"):
+            default = getattr(CoeConfig, name)
+            wanted = selecting.get(name, default)
+            if getattr(self, name) not in (default, wanted):
+                raise ValueError(
+                    f"`residual={residual!r}` contradicts the flags, got {self._residual_flags()}. Remove `residual`, "
+                    "or leave the flags at their defaults."
+                )
+            setattr(self, name, wanted)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == OFFICIAL_MODEL_TYPE:
+            # `CoeForCausalLM.from_pretrained` would warn of another name than this class's.
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
 
     def _complete_plans(self) -> None:
         """Adds the backbone's attention to the plans of parallelism, and takes from them what this model lacks."""

@@ -270,25 +270,44 @@ def stored_dtype(name: str, dtype: torch.dtype, wanted: torch.dtype | None) -> t
     return dtype if wanted is None or name.endswith("e_score_correction_bias") else wanted
 
 
+class Slice(NamedTuple):
+    """Where in a larger tensor one is stored, in one piece."""
+
+    whole: str
+    shape: tuple[int, ...]  # of the whole
+    offset: int  # elements of it that come before
+
+
 class Shard(NamedTuple):
-    """A file to be written: its name and its tensors, in the order in which they will come."""
+    """A file to be written: its name, the tensors that will come, and which of them are slices of what is stored."""
 
     name: str
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    slices: dict[str, Slice]
 
     @property
     def nbytes(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
 
+    @property
+    def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tensors of the file."""
+        stored = {}
+        for name, (shape, dtype) in self.tensors.items():
+            piece = self.slices.get(name)
+            stored[name if piece is None else piece.whole] = (shape if piece is None else piece.shape, dtype)
+        return stored
+
 
 def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Writes a safetensors file from tensors that come one by one, in any order: no more than one is in memory.
+    """Writes a safetensors file from tensors, or slices of some, that come one by one, in any order: no more than one
+    is in memory.
 
     safetensors' own `save_file` takes all tensors of a file at once.
     """
     # The widest come first, so that all of them are aligned.
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, dtype) in sorted(shard.tensors.items(), key=lambda item: -item[1][1].itemsize):
+    for name, (shape, dtype) in sorted(shard.stored.items(), key=lambda item: -item[1][1].itemsize):
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -303,7 +322,8 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[tuple[str, torch.T
                 raise ConversionError(
                     f"`{name}` came out as {tensor.dtype} {tuple(tensor.shape)}, planned was {shard.tensors[name]}."
                 )
-            stream.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+            stored, _, before = shard.slices.get(name, (name, None, 0))
+            stream.seek(8 + len(encoded) + header[stored]["data_offsets"][0] + before * tensor.itemsize)
             if tensor.numel():
                 stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         if missing:
@@ -314,7 +334,7 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     """Writes the index of a checkpoint of several files."""
     index = {
         "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-        "weight_map": {name: shard.name for shard in shards for name in shard.tensors},
+        "weight_map": {name: shard.name for shard in shards for name in shard.stored},
     }
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experts=args.experts,
         top_k=args.top_k,
         ignored_fields=tuple(args.ignore_fields.split(",")) if args.ignore_fields else (),
+        layout=args.layout,
     )
     try:
         parse_size(args.max_shard_size)
@@ -153,6 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     verification.add_argument("--verify-text", type=Path, metavar="FILE", help="text to take them from")
     verification.add_argument("--tolerance", type=_not_negative, help="largest difference (1e-4 of the largest logit)")
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--layout",
+        choices=("experts", "fused"),
+        help="how a chain's experts are stored: one tensor each, or fused, which loads fastest (as in the source)",
+    )
     output.add_argument("--max-shard-size", default="5GB", help="split larger shards (5GB)")
     output.add_argument("--overwrite", action="store_true", help="replace the model in OUT, once this one is complete")
     output.add_argument("--push", metavar="REPO", help="upload the result to the Hub")

@@ -39,7 +39,8 @@ from .plan import Options, Output, Plan
 from .planner import plan_conversion
 from .report import make_report, write_card, write_report
 from .source import copy_files, find_carried, find_source, readable
-from .verify import Verification, compare, make_batch
+from .tensors import RANDOM_ROUTER
+from .verify import Verification, compare, make_batch, mean_mlp_inputs
 
 
 def convert(
@@ -93,6 +94,8 @@ def convert(
         plan = plan_conversion(source.path, options or Options(), source.remarks)
         carried = find_carried(source.path)
         batch = make_batch(source.path, plan.source_config, verify_tokens, verify_text)
+        if any(output.rule == RANDOM_ROUTER for output in plan.outputs):
+            plan.mlp_inputs |= mean_mlp_inputs(source.path, batch)
         _check_space(out, plan.nbytes)
         with _staged(out, overwrite) as staging:
             with _bar("Writing", plan.nbytes, progress) as bar:
@@ -100,7 +103,15 @@ def convert(
             _write_config(plan, staging)
             copy_files(carried, source.path, staging)
             with _bar("Verifying", _bytes_compared(plan), progress) as bar:
-                verification = compare(source.path, staging, batch, plan.options.dtype, tolerance, on_read=bar.update)
+                verification = compare(
+                    source.path,
+                    staging,
+                    batch,
+                    plan.options.dtype,
+                    tolerance,
+                    on_read=bar.update,
+                    source_class=plan.source_class,
+                )
             _judge(plan, verification)
             report = make_report(plan, source, verification)
             write_report(report, staging)
@@ -173,18 +184,26 @@ def _bytes_compared(plan: Plan) -> int:
 
 def _write_weights(plan: Plan, folder: Path, max_shard_size: int, bar: tqdm) -> None:
     """Writes one shard, or several, for each of the source's, tensor by tensor."""
+    # A tensor is written to one file, and read from several where it is made of slices.
+    stored: dict[str, list[Output]] = {}
+    for output in _in_file_order(plan):
+        stored.setdefault(output.stored_name, []).append(output)
     parts: list[list[Output]] = []
-    for _, outputs in groupby(_in_file_order(plan), key=lambda output: plan.checkpoint.tensors[output.source].file):
+    for _, tensors in groupby(stored.values(), key=lambda outputs: plan.checkpoint.tensors[outputs[0].source].file):
         size = max_shard_size
-        for output in outputs:
-            nbytes = torch.Size(output.shape).numel() * output.dtype.itemsize
+        for outputs in tensors:
+            nbytes = sum(output.nbytes for output in outputs)
             if size + nbytes > max_shard_size:
                 parts.append([])
                 size = 0
-            parts[-1].append(output)
+            parts[-1] += outputs
             size += nbytes
     shards = [
-        Shard(shard_name(i, len(parts)), {output.name: (output.shape, output.dtype) for output in outputs})
+        Shard(
+            shard_name(i, len(parts)),
+            {output.name: (output.shape, output.dtype) for output in outputs},
+            {output.name: output.slice for output in outputs if output.slice is not None},
+        )
         for i, outputs in enumerate(parts, start=1)
     ]
     for shard, outputs in zip(shards, parts, strict=True):

@@ -90,6 +90,7 @@ _TRAINING_FIELDS = (
     "seq_aux",
     "router_z_loss_coef",
     "output_router_logits",
+    "save_routing_logits",
     "dtype",
 )
 
@@ -213,6 +214,8 @@ class Family:
         Raises:
             ConversionError: The family cannot express the model; the message names the fields.
         """
+        if "n_shared_experts" in self.fields and config.n_shared_experts is None:
+            config = CoeConfig(**config.to_dict() | {"n_shared_experts": 0})  # as these families say it
         config_class = CONFIG_MAPPING[self.model_type]
         known = {attribute for base in config_class.__mro__ for attribute in getattr(base, "__annotations__", ())}
         values = {

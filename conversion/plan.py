@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import modeling_coe  # noqa: F401  registers the Auto classes
 from configuration_coe import CoeConfig
 
-from .checkpoint import Checkpoint, ConversionError, shorten
+from .checkpoint import Checkpoint, ConversionError, Slice, shorten
 from .families import FAMILIES
 
 
@@ -35,6 +35,8 @@ class Options:
         experts: Their number, 8 by default.
         top_k: How many of them a token uses, over all iterations; 2 by default, and all slices.
         ignored_fields: Fields of the source's configuration that need not be understood.
+        layout: `"experts"`, one tensor for each expert and projection, or `"fused"`, one for all experts of a layer,
+            as they are in memory; as in the source by default.
     """
 
     to: str = "coe"
@@ -49,6 +51,7 @@ class Options:
     experts: int | None = None
     top_k: int | None = None
     ignored_fields: tuple[str, ...] = ()
+    layout: str | None = None
 
 
 class Output(NamedTuple):
@@ -60,6 +63,7 @@ class Output(NamedTuple):
     source: str
     rule: str = "copied"
     make: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    slice: Slice | None = None
 
     @property
     def is_new(self) -> bool:
@@ -68,6 +72,11 @@ class Output(NamedTuple):
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def stored_name(self) -> str:
+        """Of the tensor that is stored, of which this may be a slice."""
+        return self.name if self.slice is None else self.slice.whole
 
 
 @dataclass
@@ -86,6 +95,9 @@ class Plan:
         outputs: What is written, in the order of the source's tensors.
         dropped: Tensors of the source that are left out -> why.
         remarks: What else the user should know.
+        source_class: Of the source's model, where transformers does not know it.
+        mlp_inputs: Layers of a dense source -> mean (H,) of what their MLPs read, for new routers. A plan is made
+            without it; whoever carries it out adds it.
     """
 
     checkpoint: Checkpoint
@@ -99,6 +111,8 @@ class Plan:
     outputs: list[Output] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    source_class: type[PreTrainedModel] | None = None
+    mlp_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,9 @@ from .checkpoint import Checkpoint, ConversionError, shorten, stored_dtype
 from .configuration import find_culprits, load_config
 from .families import FAMILIES
 from .families.official import official_config
+from .families.official_script import plan_from_script, script_weights
 from .family import Family
+from .layout import fuse_experts, split_experts
 from .plan import Options, Output, Plan, account, drop_tied_head
 from .tensors import to_chain, to_source
 
@@ -37,6 +39,10 @@ def plan_conversion(folder: Path, options: Options, remarks: Iterable[str] = ())
         ConversionError: The source is damaged, unknown, at odds with its configuration, or cannot become what the
             options ask for.
     """
+    if options.layout is not None and options.to != "coe":
+        raise ConversionError(
+            f"`--layout {options.layout}` is for chains in our own layout. Leave it out with `--to {options.to}`."
+        )
     checkpoint = Checkpoint(folder)
     config = load_config(checkpoint)
     if isinstance(config, CoeConfig):
@@ -52,6 +58,10 @@ def plan_conversion(folder: Path, options: Options, remarks: Iterable[str] = ())
         )
     drop_tied_head(plan)
     account(plan)
+    if options.layout == "fused":
+        fuse_experts(plan)
+    elif options.layout == "experts" or options.to == "official":
+        split_experts(plan)
     return plan
 
 
@@ -88,7 +98,7 @@ def _plan_to_chain(checkpoint: Checkpoint, source_config: PreTrainedConfig, opti
         elif "shared_expert_gate" in key and not config.shared_expert_width:
             plan.dropped[key] = "it gates shared experts of width 0"
         else:
-            plan.outputs += to_chain(key, tensor, family, config, options)
+            plan.outputs += to_chain(key, tensor, family, config, options, plan.mlp_inputs)
     return plan
 
 
@@ -192,22 +202,29 @@ def _check_layers(layers: tuple[int, ...], allowed: range | list[int]) -> None:
 def _plan_from_chain(checkpoint: Checkpoint, config: CoeConfig, options: Options) -> Plan:
     is_official = checkpoint.config_dict["model_type"] == OFFICIAL_MODEL_TYPE
     changed = [name for name, value in vars(options).items() if value != vars(Options())[name]]
-    if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype")]:
+    if wrong := [f"--{name.replace('_', '-')}" for name in changed if name not in ("to", "dtype", "layout")]:
         raise ConversionError(
             f"The source is a chain of experts already: {', '.join(wrong)} cannot change it. Leave them out."
         )
+    if weights := script_weights(checkpoint):
+        if options.to != "coe":
+            raise ConversionError(
+                f"The source has `{weights[0]}`, as the official conversion script writes it. Make it a chain first, "
+                f"without `--to {options.to}`."
+            )
+        return plan_from_script(checkpoint, config, options)
     if options.to == "source":
         # First as it is: what does not fit the chain's own fields should be called by them.
         plan = _plan_copy(checkpoint, config, config, options)
         drop_tied_head(plan)
         account(plan)
         return _plan_to_source(checkpoint, config, options)
-    if is_official != (options.to == "coe"):
+    if is_official != (options.to == "coe") and options.layout is None:
         raise ConversionError(
             f"The source is a Chain-of-Experts model {'in the official layout' if is_official else ''} already. "
-            f"Convert it with `--to source`{'' if is_official else ' or `--to official`'}."
+            f"Convert it with `--to source`{'' if is_official else ', `--to official` or `--layout`'}."
         )
-    result = config if is_official else official_config(config)
+    result = official_config(config) if options.to == "official" else config
     return _plan_copy(checkpoint, config, result, options)
 
 
@@ -232,7 +249,7 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     if family.fuses_experts and not any(key.endswith(".mlp.experts.down_proj") for key in checkpoint.tensors):
         raise ConversionError(
             f"`{family.model_type}` stores all experts of a layer in one tensor, and this chain has tensors for each. "
-            "Load it with transformers and save it with `save_pretrained(folder, save_original_format=False)` first."
+            "Convert it with `--layout fused` first."
         )
     explanation = "it has the chain's experts and routers" + ("" if is_single else ", whose iteration scales are zero")
     plan = Plan(checkpoint, config, target, options, config, single, True, explanation)

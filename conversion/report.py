@@ -75,7 +75,7 @@ def make_report(plan: Plan, source: Source, verification: Verification) -> dict[
             "source": len(plan.checkpoint.tensors),
             "used": len(used),
             "dropped": dict(sorted(plan.dropped.items())),
-            "written": len(plan.outputs),
+            "written": len({output.stored_name for output in plan.outputs}),
             "created": created,
             "bytes": plan.nbytes,
         },
@@ -113,7 +113,8 @@ def describe(plan: Plan) -> str:
     patterns: dict[tuple[str, str, str], list[str]] = {}
     for output in plan.outputs:
         source = "(new)" if output.is_new else _pattern(output.source)
-        patterns.setdefault((source, _pattern(output.name), output.rule), []).append(output.name)
+        name, rule = output.stored_name, output.rule if output.slice is None else f"{output.rule}, fused"
+        patterns.setdefault((source, _pattern(name), rule), []).append(name)
     for (source, name, rule), names in patterns.items():
         what = f"{source} -> {name}" if source != name else name
         lines.append(f"  {len(names):6d}  {what}  [{rule}; e.g. {names[0]}]")

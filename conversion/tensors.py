@@ -21,9 +21,10 @@ from .plan import Options, Output
 
 # Every layer of every family has it: what a layer gets new is made, and stored, along with it.
 _ANCHOR = "post_attention_layernorm.weight"
+RANDOM_ROUTER = "new: random, orthogonal to the mean input"
 _SCALES = ("iteration_scale", "iteration_scale.weight")  # on disk, and as a state dict has it
 _LAYER_KEY = re.compile(r"(?P<prefix>model\.layers\.(?P<layer>\d+)\.)(?P<name>.+)")
-_ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
+ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
 _DENSE_MLP = re.compile(r"mlp\.(?P<projection>(?:gate|up|down)_proj)\.weight")
 
 
@@ -49,7 +50,14 @@ class WayBack(NamedTuple):
     problem: str | None = None
 
 
-def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, options: Options) -> list[Output]:
+def to_chain(
+    key: str,
+    tensor: StoredTensor,
+    family: Family,
+    config: CoeConfig,
+    options: Options,
+    mlp_inputs: dict[int, torch.Tensor],
+) -> list[Output]:
     """What a chain stores for a tensor of its source, new tensors of the layer included.
 
     Args:
@@ -58,6 +66,8 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
         family (`Family`): The source's.
         config (`CoeConfig`): The chain's.
         options (`Options`): With all defaults filled in.
+        mlp_inputs (`dict[int, torch.Tensor]`): Of layers that get random routers, see [`random_router`]. They are
+            looked up when the tensors are made.
     """
     name = family.chain_key(key)
     place = Place.of(name)
@@ -73,7 +83,7 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
 
     if iterations == 0:
         return [output(place.name)]
-    router = _ROUTER.fullmatch(place.name)
+    router = ROUTER.fullmatch(place.name)
     if router and not router["iteration"]:
         return _routers_to_chain(place, router["part"], iterations, options, output)
     if family.dense and (mlp := _DENSE_MLP.fullmatch(place.name)):
@@ -82,7 +92,7 @@ def to_chain(key: str, tensor: StoredTensor, family: Family, config: CoeConfig, 
     if place.name == _ANCHOR:
         outputs += _new_scale(iterations, config, output)
         if family.dense:
-            outputs += _new_routers(place, iterations, config, options, output)
+            outputs += _new_routers(place, iterations, config, options, mlp_inputs, output)
     return outputs
 
 
@@ -98,7 +108,7 @@ def to_source(key: str, family: Family, config: CoeConfig, checkpoint: Checkpoin
     place = Place.of(key)
     if place.name in _SCALES:
         return _scale_to_source(key, checkpoint)
-    router = _ROUTER.fullmatch(place.name)
+    router = ROUTER.fullmatch(place.name)
     if router and router["iteration"]:
         return _router_to_source(key, place, router, family, config, checkpoint)
     return WayBack(family.source_key(key))
@@ -107,16 +117,16 @@ def to_source(key: str, family: Family, config: CoeConfig, checkpoint: Checkpoin
 # ---- Routers: one in a family's layer, one for every iteration in a chain's -----------------------------------------
 
 
-def _router_name(part: str, iteration: int) -> str:
+def router_name(part: str, iteration: int) -> str:
     return f"mlp.gate.{iteration}.{part}"
 
 
 def _routers_to_chain(
     place: Place, part: str, iterations: int, options: Options, output: Callable[..., Output]
 ) -> list[Output]:
-    outputs = [output(_router_name(part, 0))]
+    outputs = [output(router_name(part, 0))]
     for t in range(1, iterations):
-        name = _router_name(part, t)
+        name = router_name(part, t)
         if options.router_noise and part == "weight":
             make = _add_noise(place.prefix + name, options)
             outputs.append(output(name, "copied, with noise", make=make))
@@ -135,7 +145,7 @@ def _router_to_source(
         return WayBack(family.source_key(f"{place.prefix}mlp.gate.{router['part']}"))
     if is_refined:
         return WayBack(dropped="without effect at zero scale")
-    kept_key = place.prefix + _router_name(router["part"], kept)
+    kept_key = place.prefix + router_name(router["part"], kept)
     differs = config.residual_rule == "split" and kept_key in checkpoint.tensors and checkpoint.differs(key, kept_key)
     return WayBack(
         dropped=f"equal to the router of iteration {kept}",
@@ -186,8 +196,30 @@ def _experts_of_mlp(
     ]
 
 
+def random_router(noise: torch.Tensor, mean_input: torch.Tensor | None) -> torch.Tensor:
+    """A router (N, H) that spreads tokens over its experts: `noise` without its part along the mean of what it reads.
+
+    What tokens share, a third of what an MLP of SmolLM2-135M reads, makes all of them prefer the same rows of a random
+    router: the busiest of 8 experts gets 2.4 times its share, and 1.6 times without that part (means over layers and
+    seeds, `benchmarks/dense_sources.py`). The scale of its rows does not matter; what needs no data helps little.
+
+    Args:
+        noise (`torch.Tensor`): (N, H), normal.
+        mean_input (`torch.Tensor`, *optional*): (H,).
+    """
+    if mean_input is None or not mean_input.any():
+        return noise
+    direction = mean_input / mean_input.norm()
+    return noise - torch.outer(noise @ direction, direction)
+
+
 def _new_routers(
-    place: Place, iterations: int, config: CoeConfig, options: Options, output: Callable[..., Output]
+    place: Place,
+    iterations: int,
+    config: CoeConfig,
+    options: Options,
+    mlp_inputs: dict[int, torch.Tensor],
+    output: Callable[..., Output],
 ) -> list[Output]:
     """The routers of a layer, the same for all of its iterations."""
     shape = (config.n_routed_experts, config.hidden_size)
@@ -195,6 +227,10 @@ def _new_routers(
     if options.upcycle == "slice" and used == config.n_routed_experts:
         rule, make = "new: zero", lambda _: torch.zeros(shape)
     else:
-        rule = "new: random"
-        make = lambda _: config.initializer_range * _noise(shape, place.prefix, options)  # noqa: E731
-    return [output(_router_name("weight", t), rule, shape, make=make) for t in range(iterations)]
+        rule = RANDOM_ROUTER
+
+        def make(_: torch.Tensor) -> torch.Tensor:
+            noise = config.initializer_range * _noise(shape, place.prefix, options)
+            return random_router(noise, mlp_inputs.get(place.layer))
+
+    return [output(router_name("weight", t), rule, shape, make=make) for t in range(iterations)]

@@ -139,6 +139,7 @@ def compare(
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     on_read: Callable[[int], object] = lambda nbytes: None,
+    source_class: type[PreTrainedModel] | None = None,
 ) -> Verification:
     """Runs both models in float32 and compares their logits.
 
@@ -150,11 +151,12 @@ def compare(
             weights in FP8 stand for is rounded in any case, to the dtype of the configuration by default.
         tolerance: Largest difference; by default `1e-4 * max(1, largest logit)`.
         on_read: Called with the size of every tensor that is read.
+        source_class: Of the source's model, where transformers does not know it.
 
     Raises:
         ConversionError: transformers cannot load or run one of them.
     """
-    expected = _checked_logits("source", source, batch, dtype, on_read)
+    expected = _checked_logits("source", source, batch, dtype, on_read, source_class)
     actual = _checked_logits("result", result, batch, None, on_read)
     perplexities = [_perplexity(logits, batch) for logits in (expected, actual)]
     largest = expected.abs().max().item()
@@ -183,9 +185,31 @@ def _perplexity(logits: torch.Tensor, batch: Batch) -> float | None:
     return math.exp(loss / (targets != -100).sum().item())
 
 
-def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
+@torch.no_grad()
+def mean_mlp_inputs(folder: Path, batch: Batch) -> dict[int, torch.Tensor]:
+    """Means (H,) in float32, over the tokens that are no padding, of what the MLP of every layer reads.
+
+    Raises:
+        ConversionError: transformers cannot load or run the model.
+    """
+    means: dict[int, torch.Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], layer_idx: int) -> None:
+        means[layer_idx] = args[0][batch.attention_mask.bool()].mean(0)
+
+    with _explained("source"), _quiet_loading():
+        model = _load_on_demand(folder)
+        for layer_idx, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(partial(keep, layer_idx=layer_idx))
+        model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return means
+
+
+@contextmanager
+def _explained(what: str):
+    """Errors of loading and running a model, which name it and the remedy."""
     try:
-        logits = compute_logits(folder, batch, *arguments)
+        yield
     except ConversionError as error:
         raise ConversionError(f"Verification failed. The {what}: {error}") from error
     except Exception as error:  # of whatever part of transformers, which the message must name
@@ -193,6 +217,11 @@ def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.
             f"Verification failed. transformers {transformers.__version__} cannot run the {what}: "
             f"{type(error).__name__}: {' '.join(str(error).split())}. Correct config.json or the weights."
         ) from error
+
+
+def _checked_logits(what: str, folder: Path, batch: Batch, *arguments) -> torch.Tensor:
+    with _explained(what):
+        logits = compute_logits(folder, batch, *arguments)
     if not logits.isfinite().all():
         raise ConversionError(
             f"Verification failed. Logits of the {what} are not finite in transformers {transformers.__version__}: "
@@ -207,16 +236,12 @@ def compute_logits(
     batch: Batch,
     dtype: torch.dtype | None = None,
     on_read: Callable[[int], object] = lambda nbytes: None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> torch.Tensor:
     """Logits (tokens that are no padding, vocabulary) in float32 of a folder's model, as `from_pretrained` loads it
-    but never in memory as a whole."""
-    config, options = _load_config(folder), {}
-    if getattr(config, "quantization_config", None):
-        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    but never in memory as a whole. The class is transformers' own for its configuration, unless one is given."""
     with _quiet_loading():
-        model_class = _on_demand(model_class, dtype, config.dtype or torch.bfloat16, on_read)
-        model = model_class.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+        model = _load_on_demand(folder, dtype, on_read, model_class)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[batch.attention_mask.bool()]
 
@@ -229,6 +254,20 @@ def _load_config(folder: Path) -> PreTrainedConfig:
     if values["model_type"] not in CONFIG_MAPPING:
         named["model_type"] = getattr(transformers, values["architectures"][0]).config_class.model_type
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, **named)
+
+
+def _load_on_demand(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_read: Callable[[int], object] = lambda nbytes: None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    config, options = _load_config(folder), {}
+    if getattr(config, "quantization_config", None):
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    model_class = model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = _on_demand(model_class, dtype, config.dtype or torch.bfloat16, on_read)
+    return model_class.from_pretrained(folder, config=config, dtype=torch.float32, **options)
 
 
 def _on_demand(

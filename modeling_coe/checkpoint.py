@@ -13,12 +13,15 @@ from .state_dict import FUSED_PROJECTIONS
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-# What a sparse layer has a fixed number of: routers, experts and scales.
-_COUNTED_KEY = re.compile(r"mlp\.(gate|experts)\.|iteration_scale\.")
+# What a sparse layer has a fixed number of: routers, experts, shared ones too, and scales.
+_COUNTED_KEY = re.compile(r"mlp\.(gate|experts|shared_experts)\.|iteration_scale\.")
+# What the official conversion script adds to a layer, whose chain has equations of its own then.
+SCRIPT_KEY = re.compile(r"(?:mlp\.)?(?:coe_weight|coe_weights\.\d+)")
 
 
 def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
-    """Names of all tensors in some safetensors files.
+    """Names of the tensors in some safetensors files that have elements. The official code stores shared experts of
+    width 0 where there are none.
 
     Raises:
         OSError: A file is truncated or not in the safetensors format; the message names it.
@@ -29,7 +32,7 @@ def read_keys(checkpoint_files: Iterable[str | Path]) -> list[str]:
             raise OSError(f"The weight file '{file}' is not a safetensors file. Only these are read; convert it.")
         try:
             with safe_open(file, framework="pt") as tensors:
-                keys.extend(tensors.keys())
+                keys.extend(key for key in tensors.keys() if 0 not in tensors.get_slice(key).get_shape())  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(
                 f"The weight file '{file}' is truncated or damaged ({error}). Save or download it again."
@@ -52,7 +55,8 @@ def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
     if config.topk_method == "noaux_tc":
         keys |= {f"{router}.e_score_correction_bias" for router in routers}
     if config.shared_expert_width:
-        keys |= {f"mlp.shared_experts.{projection}_proj.weight" for projection in ("gate", "up", "down")}
+        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+        keys |= {f"mlp.shared_experts.{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds}
     if config.upcycling is not None and iterations > 1:
         keys.add("iteration_scale.weight")
     for name, projections in FUSED_PROJECTIONS.items():
@@ -76,12 +80,19 @@ def check_chain_keys(keys: Iterable[str], config: CoeConfig) -> None:
         config (`CoeConfig`): Configuration of the model they are for.
 
     Raises:
-        ValueError: Names the layers and tensors that are missing or too many, and the fields to look at.
+        ValueError: Names the layers and tensors that are missing or too many, and the fields to look at. Or the
+            official conversion script has written the checkpoint.
     """
     found: dict[int, set[str]] = defaultdict(set)
     for key in keys:
         if match := _LAYER_KEY.search(key):
             found[int(match[1])].add(match[2])
+            if SCRIPT_KEY.fullmatch(match[2]):
+                raise ValueError(
+                    f"The checkpoint has `{key}`, which scales what an iteration sees of the one before it: the "
+                    "official conversion script wrote it, and its chain is not what the configuration says. Convert "
+                    "it with `coe-convert`."
+                )
     if not found:
         return
 

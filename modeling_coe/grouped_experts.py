@@ -47,6 +47,8 @@ def compute_experts(
     if torch.is_grad_enabled():
         return _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, top_k_index, weights, act_fn)
     compute = _one_token if len(tokens) == 1 else _without_gradient
+    if _are_all(top_k_index, len(weights.gate_up_proj)):
+        compute = _all_experts
     return compute(tokens, top_k_index, top_k_weights, weights, act_fn)
 
 
@@ -228,20 +230,47 @@ def _one_token(
 ) -> torch.Tensor:
     """A single token (1, H) without gradient: reads the weights of its experts once, and nothing else."""
     gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
-    slots, experts = [], []
-    for slot, expert in enumerate(top_k_index[0].tolist()):
-        if expert < len(gate_up_proj):
-            slots.append(slot)
-            experts.append(expert)
+    experts = top_k_index[0].tolist()
+    if max(experts) >= len(gate_up_proj):
+        here = [slot for slot, expert in enumerate(experts) if expert < len(gate_up_proj)]
+        experts, top_k_weights = [experts[slot] for slot in here], top_k_weights[:, here]
+    # What is multiplied by `beta=0` is not read.
     gate_up = token.new_empty(len(experts), gate_up_proj.shape[1])
-    for row, expert in enumerate(experts):
-        torch.mv(gate_up_proj[expert], token[0], out=gate_up[row])
+    for expert, row in zip(experts, gate_up.unbind(), strict=True):
+        row.addmv_(gate_up_proj[expert], token[0], beta=0)
     gate, up = gate_up.chunk(2, dim=-1)
     inner = act_fn(gate) * up
     outputs = token.new_empty(len(experts), token.shape[1])
-    for row, expert in enumerate(experts):
-        torch.mv(down_proj[expert], inner[row], out=outputs[row])
-    return (outputs * top_k_weights[0, slots].unsqueeze(-1)).sum(dim=0, keepdim=True)
+    for expert, row, out in zip(experts, inner.unbind(), outputs.unbind(), strict=True):
+        out.addmv_(down_proj[expert], row, beta=0)
+    return (outputs * top_k_weights.mT).sum(dim=0, keepdim=True)
+
+
+def _are_all(top_k_index: torch.Tensor, num_experts: int) -> bool:
+    """Whether every token uses each of the experts once, and no other rank's."""
+    if top_k_index.shape[1] != num_experts or len(top_k_index) == 0:
+        return False
+    experts = torch.arange(num_experts, device=top_k_index.device)
+    return torch.equal(top_k_index.sort(dim=-1).values, experts.expand_as(top_k_index))
+
+
+def _all_experts(
+    tokens: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: "ExpertWeights",
+    act_fn: Callable,
+) -> torch.Tensor:
+    """Tokens that use every expert, without gradient: all matrices are multiplied as one, and no rows are gathered."""
+    gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
+    with maybe_autocast("cpu", enabled=False):
+        matrix = gate_up_proj.flatten(0, 1)  # (2NI, H)
+        gate_up = torch.mv(matrix, tokens[0]) if len(tokens) == 1 else F.linear(tokens, matrix)
+        gate, up = gate_up.view(len(tokens), len(gate_up_proj), -1).chunk(2, dim=-1)  # (T, N, I) each
+        outputs = torch.bmm((act_fn(gate) * up).transpose(0, 1), down_proj.mT)  # (N, T, H)
+        dtype = torch.promote_types(torch.promote_types(outputs.dtype, torch.float32), top_k_weights.dtype)
+        by_expert = torch.empty_like(top_k_weights).scatter_(1, top_k_index, top_k_weights)
+        return torch.bmm(by_expert.to(dtype).unsqueeze(1), outputs.to(dtype).transpose(0, 1)).squeeze(1)
 
 
 class _Factors(NamedTuple):

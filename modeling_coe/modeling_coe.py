@@ -149,7 +149,8 @@ class CoeRouter(DeepseekV2TopkRouter):
             top_k_weights = scores.gather(-1, top_k_index)
             if self.norm_topk_prob:
                 top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
-            top_k_weights = top_k_weights * self.routed_scaling_factor
+            if self.routed_scaling_factor != 1:
+                top_k_weights = top_k_weights * self.routed_scaling_factor
         first = 0 if used_experts is None else used_experts.shape[-1]
         taken = slice(first, first + self.top_k)
         return router_logits, top_k_weights[:, taken], top_k_index[:, taken]
@@ -473,13 +474,18 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
         # Given tensors and adapters (which name the keys they expect) need not be whole models.
         is_whole_model = state_dict is None and "expected_keys" not in kwargs
-        if is_whole_model and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes:
+        is_checked = is_whole_model and load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
+        if is_checked:
             keys = read_keys(checkpoint_files)
             for transform in load_config.weight_mapping or []:
                 if isinstance(transform, WeightRenaming):
                     keys = [transform.rename_source_key(key)[0] for key in keys]
             check_chain_keys(keys, model.config)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+        if is_checked:
+            # The only shared experts that may be too many have no elements: there is nothing to report.
+            unexpected = loaded[0].unexpected_keys
+            unexpected -= {key for key in unexpected if ".mlp.shared_experts." in key}
         if load_config.hf_quantizer is not None:
             load_config.hf_quantizer.quantization_config = layer_recipe(load_config.hf_quantizer.quantization_config)
         return loaded

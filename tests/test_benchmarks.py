@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,3 +270,26 @@ def test_a_run_of_the_upcycling_benchmark_is_what_its_options_say(tmp_path, monk
     for other in others:
         upcycling.pretrain(other, "split-1", *options)
     assert len(set(made)) == len(made) == 6
+
+
+def test_dense_sources(tmp_path, capsys):
+    """Every candidate for a router and every chain has its figures, and a dense model is as fast as itself."""
+    module = importlib.import_module("benchmarks.dense_sources")
+    results = module.main(["--output", str(tmp_path), "--tokens", "40", "--seeds", "2", "--pairs", "1"])
+    assert json.loads((tmp_path / "dense-random.json").read_text())["routers"].keys() == results["routers"].keys()
+    assert capsys.readouterr().out == (tmp_path / "dense-random.md").read_text() + "\n"
+    assert results["decoding"].keys() == {"dense", *module.CHAINS}
+    assert results["decoding"]["dense"]["ratios"] == [1.0]
+    for figures in results["routers"].values():
+        assert all(len(layers) == 4 for layers in figures.values())
+    # Equal scores: all tokens choose the same experts.
+    assert results["routers"]["zero"]["dead"] == [0.75] * 4
+
+
+def test_balance_of_a_router():
+    """Two experts by the sign of one number, and a third that nobody chooses."""
+    module = importlib.import_module("benchmarks.dense_sources")
+    router = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    figures = module.balance(router, torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0], [-1.0, 5.0]]), top_k=1)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(3)
+    assert figures == pytest.approx({"dead": 1 / 3, "largest": 2.25, "entropy": entropy})

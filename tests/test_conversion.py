@@ -25,6 +25,7 @@ from conversion import ConversionError, Options, checkpoint, convert, converter,
 from conversion.checkpoint import Checkpoint
 from conversion.cli import main
 from conversion.families import FAMILIES
+from conversion.verify import make_batch
 from modeling_coe.releases import CACHE
 
 from .conversion_sources import (
@@ -265,6 +266,29 @@ def test_noise_depends_on_the_seed_alone(sources, tmp_path):
     noise = (one[1::2] - one[0::2]).flatten(1)
     assert noise.std().item() == pytest.approx(0.1, rel=0.1)
     assert not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("options", [Options(upcycle="copy"), Options(upcycle="slice", top_k=4, mode="refine")])
+def test_new_routers_do_not_answer_to_what_all_tokens_share(sources, tmp_path, options):
+    """Rows are orthogonal to the mean of what the MLP of their layer reads, on the tokens of the verification."""
+    source = sources("llama")
+    convert(source, tmp_path / "out", options, verify_tokens=60)
+    routers = stored(tmp_path / "out")
+    model, inputs = load(source, dtype=torch.float32), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    batch = make_batch(source, model.config, 60, None)
+    with torch.no_grad():
+        model(batch.input_ids, attention_mask=batch.attention_mask)
+    for i, tokens in enumerate(inputs):
+        router = routers[f"model.layers.{i}.mlp.gate.0.weight"]
+        mean = tokens[batch.attention_mask.bool()].mean(0)
+        assert router.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
+        assert (router @ mean).abs().max() < 1e-4 * router.norm(dim=1).min() * mean.norm()
+        assert torch.equal(routers[f"model.layers.{i}.mlp.gate.1.weight"], router)
+    assert not torch.equal(router, routers["model.layers.0.mlp.gate.0.weight"])
+    convert(source, tmp_path / "other", dataclasses.replace(options, seed=1), verify_tokens=60)
+    assert not torch.equal(stored(tmp_path / "other")[f"model.layers.{i}.mlp.gate.0.weight"], router)
 
 
 # ------------------------------------------------------------------------------------------- training

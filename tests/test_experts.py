@@ -224,6 +224,35 @@ class TestAgainstTheLoop:
         with torch.no_grad():
             assert_close([experts(*calls[0])], actual[0][:1], 1e-12)
 
+    @pytest.mark.parametrize("num_tokens", [1, 2, 40])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.bfloat16, 2e-2)])
+    def test_every_token_uses_every_expert(self, monkeypatch, num_tokens, dtype, tolerance):
+        taken = []
+        compute = grouped_experts._all_experts
+        monkeypatch.setattr(grouped_experts, "_all_experts", lambda *args: taken.append(1) or compute(*args))
+        experts = make_experts(dtype=dtype)
+        tokens, _, weights = make_call(experts, num_tokens, top_k=5)
+        order = torch.stack([torch.randperm(5) for _ in range(num_tokens)])
+        # A choice of another rank, and one that is made twice, leave an expert out, which must not be read.
+        for change, index, is_taken in (
+            (None, order, True),
+            (4, order.masked_fill(order == 4, 5), False),
+            (4, order.masked_fill(order == 4, 0), False),
+        ):
+            weights = weights.masked_fill(index > 4, 0)
+            gate_up_proj, down_proj = (parameter.detach().double() for parameter in experts.parameters())
+            expected = loop(experts, gate_up_proj, down_proj)(tokens.double(), index, weights.double())
+            if change is not None:
+                experts.down_proj.data[change] = float("nan")
+            taken.clear()
+            with torch.no_grad():
+                actual = experts(tokens, index, weights)
+                with torch.autocast("cpu", torch.bfloat16):
+                    assert_close([experts(tokens, index, weights)], [actual], tolerance)
+            assert actual.dtype == dtype and bool(taken) is is_taken
+            assert_close([actual.double()], [expected], tolerance)
+            experts.down_proj.data[4] = 0.1
+
     def test_strided_inputs(self):
         experts = make_experts()
         plain = make_call(experts, 6, 2)

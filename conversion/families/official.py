@@ -90,6 +90,7 @@ def official_config(config: CoeConfig) -> dict[str, Any]:
     if wrong:
         raise ConversionError(f"The official code cannot express this model: {', '.join(wrong)}.")
     values = {name: getattr(config, name) for name in _FIELDS}
+    values["n_shared_experts"] = config.n_shared_experts or None  # its code makes an MLP of width 0 for 0
     rope = copy.deepcopy(config.rope_parameters)
     values["rope_theta"], rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
     values["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
