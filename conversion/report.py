@@ -103,7 +103,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, Any], folder: Path, name: str) -> None:
-    """Writes README.md, the model card, with the licence and language of the source's.
+    """Writes README.md, the model card, with what it takes over from the source's.
 
     Args:
         plan (`Plan`): The conversion.
@@ -113,9 +113,8 @@ def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, A
         folder (`Path`): Where to write to.
         name (`str`): What the result will be called.
     """
-    carried = _card_data(source_folder)
-    base_model = source if "/" in source else carried.get("base_model")
-    kept = {name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried}
+    kept = model_cards.inherited(source, source_folder)
+    base_model = kept.pop("base_model", None)
     if plan.options.to == "coe":
         data, text = ModelCardData(**kept), ""
     else:
@@ -126,14 +125,6 @@ def write_card(plan: Plan, source: str, source_folder: Path, report: dict[str, A
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_title(plan)}\n{text}").save(path)
     if plan.options.to == "coe":
         model_cards.write(plan.after, folder, name=name, base_model=base_model, conversion_report=report)
-
-
-def _card_data(folder: Path) -> dict[str, Any]:
-    """Metadata of a folder's model card, empty where there is none that can be read."""
-    try:
-        return ModelCard.load(folder / model_cards.CARD_NAME, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a broken card is no reason not to convert a model
-        return {}
 
 
 def _title(plan: Plan) -> str:
