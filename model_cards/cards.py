@@ -279,7 +279,7 @@ def _has_chat_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if any((folder / name).exists() for name in CHAT_TEMPLATES):
         return True
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _eval_results(results: Sequence[EvalResult] | Mapping[str, float] | None, datasets: list[str]) -> list[EvalResult]:
@@ -316,6 +316,8 @@ def _merge_metadata(old: ModelCard, new: ModelCard) -> None:
     """Completes the metadata of `old`: lists are joined, results of the same measurement replaced, and fields that
     `old` has are kept, but for those that `new` was made from."""
     data, added = old.data, new.data
+    if added.get("base_model"):  # PEFT makes a tag of the old one, which may be a folder
+        data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
     for field in ("tags", "datasets", "metrics"):
         joined = list(dict.fromkeys([*_listed(data.get(field)), *_listed(added.get(field))]))
         data[field] = joined or None
