@@ -21,6 +21,7 @@ holds
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,9 +69,9 @@ class RecipeSettings:
     experts: int = setting(8, "slices of every MLP, all of which a token uses, in two iterations")
     r: int = setting(8, "rank of the adapters", aliases="--lora-r")
     expert_r: int = setting(4, "rank of the experts' adapters")
-    steps: int = setting(40, "of the optimizer, for each of the two models")
+    steps: int = setting(50, "of the optimizer, for each of the two models")
     batch_size: int = setting(4, "rows of packed conversations per step")
-    max_length: int = setting(512, "tokens of a row")
+    max_length: int = setting(384, "tokens of a row")
     lr: float = setting(1e-3, "highest learning rate")
     train_examples: int = setting(1000, "conversations at most")
     eval_examples: int = setting(100, "held-out conversations whose answers' loss is measured")
@@ -128,7 +129,7 @@ class Stages:
 
 
 def tune(settings: RealModelSettings, model: str, name: str) -> None:
-    """A run of `sft.py`, or the rest of one."""
+    """A run of `sft.py`, or the rest of one, in a process of its own, which leaves no memory behind."""
     output_dir = settings.output_dir / f"{name}-tuned"
     same = ("seed", "r", "steps", "batch_size", "max_length", "lr", "train_examples", "num_problems", "max_new_tokens")
     options = {
@@ -139,16 +140,18 @@ def tune(settings: RealModelSettings, model: str, name: str) -> None:
         "dtype": "bfloat16",
         "micro_batch_size": 1,
         "warmup_steps": max(1, settings.steps // 10),
-        "log_steps": max(1, settings.steps // 20),
+        "log_steps": max(1, settings.steps // 25),
         "eval_steps": settings.steps,
         "eval_examples": min(16, settings.eval_examples),  # for the curve; all are measured afterwards
-        "save_steps": max(1, settings.steps // 20) * 5,
+        "save_steps": max(1, settings.steps // 25) * 5,
         "num_samples": 1,
     }
     words = [str(word) for each, value in options.items() if value is not None for word in (option(each), value)]
     if is_chain(model):
         words += ["--expert-r", str(settings.expert_r), "--routers"]
-    sft.main([*words, *(["--resume"] if (output_dir / "tokenizer").is_dir() else [])])
+    words += ["--resume"] if (output_dir / "tokenizer").is_dir() else []
+    if status := subprocess.run([sys.executable, sft.__file__, *words], check=False).returncode:
+        sys.exit(status)
 
 
 def is_chain(model: str) -> bool:
@@ -220,12 +223,8 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held at once."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most bytes of memory that one process has held at once: this one, or the largest that it has waited for."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -286,16 +285,15 @@ def as_markdown(results: dict[str, Any]) -> str:
     if pair["error"] is None or abs(pair["difference"]) < 2 * pair["error"]:
         verdict = "no difference can be told"
     else:
-        verdict = f"the chain is {'better' if pair['difference'] < 0 else 'worse'} than its control"
+        verdict = f"the chain is {'better' if pair['difference'] < 0 else 'worse'} at these settings"
     lines += [
         "",
         f"Chain less control: {pair['difference']:+.4f}{error_of(pair)}: {verdict}. Losses are nats per token of the "
         f"answers, of {results['conversations']} held-out conversations; ± is one standard error over these, of one "
         f"run. Exact match is that of {results['problems']} problems.",
         "",
-        f"{results['seconds']['total'] / 60:.1f} minutes, at most {results['peak_bytes'] / 1e9:.2f} GB of memory; "
-        + ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-        + ".",
+        f"{results['seconds']['total'] / 60:.1f} minutes, at most {results['peak_bytes'] / 1e9:.2f} GB of memory in a "
+        "process; " + ", ".join(f"{name} {value}" for name, value in results["machine"].items()) + ".",
     ]
     return "\n".join(lines)
 

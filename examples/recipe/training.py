@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -117,6 +119,15 @@ class Stopwatch(TrainerCallback):
         self.steps += 1
 
 
+class LogLines(TrainerCallback):
+    """Prints what is logged, a line each, where no terminal shows a progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero:
+            shown = [f"{name} {value:.5g}" for name, value in logs.items() if isinstance(value, int | float)]
+            print(f"step {state.global_step:>6} of {state.max_steps}  " + "  ".join(shown))
+
+
 def sequences_at_once(settings: JobSettings) -> tuple[int, int]:
     """How many sequences of a step this process computes, and how many of them at once.
 
@@ -171,6 +182,7 @@ def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
         "ddp_find_unused_parameters": False,  # all are used, those of experts without tokens too
     }
 
@@ -292,6 +304,9 @@ def train(
     stopwatch = Stopwatch()
     arguments = training_arguments(settings, evaluate_first=checkpoint is None)
     trainer = make_trainer(model, arguments, data, [stopwatch, CpuKernelsCallback()])
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
