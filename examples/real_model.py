@@ -1,18 +1,17 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""Takes a small pre-trained model all the way: download, convert, tune beside a control, evaluate, and chat.
+"""Takes a small pre-trained model all the way: download, convert, tune beside controls, evaluate, and chat.
 
     python examples/real_model.py --output-dir runs/real --data train.parquet --eval-data test.parquet
 
-The dense model is converted by `coe-convert --upcycle slice` into a chain that computes the same. Both are tuned by
-`sft.py` on the same conversations, with adapters of about as many parameters: the dense one is the control, without
-which a falling loss would say nothing of the chain. Then the same held-out conversations are put to the model as it
-was, to the control and to the chain. A run that was interrupted goes on when it is started again. The output folder
-holds
+The dense model is converted by `coe-convert --upcycle slice` into a chain that computes the same. `sft.py` tunes it
+with adapters, and two controls, without which a falling loss would say nothing of the chain: the dense model, and the
+same slices in a single iteration. Then the same held-out conversations are put to the model as it was and to the
+three. A run that was interrupted goes on when it is started again. The output folder holds
 
     source/          the dense model, where it does not come from the Hub
-    chain/           the chain made of it
-    dense-tuned/     the run of the control, as `sft.py` writes it
-    chain-tuned/     that of the chain; `chain-tuned/model` is the result
+    slices/          the slices of its MLPs as experts, in one iteration
+    chain/           the same experts in two
+    NAME-tuned/      the runs of dense, slices and chain, as `sft.py` writes them; `chain-tuned/model` is the result
     run.json         the settings, which a run that goes on must share, and the seconds of every stage
     results.json     losses, exact match, sizes, speed, peak memory, the machine
     results.md       the same as a table
@@ -60,16 +59,24 @@ from modeling_coe.command_line import (
 )
 
 
+# What is tuned: its name in the table, and how it is converted, if it is.
+MODELS = {
+    "dense": ("dense, tuned", None),
+    "slices": ("slices, one iteration, tuned", "identity"),
+    "chain": ("chain, two iterations, tuned", "split"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
     _argument_group_name: ClassVar[str] = "recipe"
     output_dir: Path = setting(help="folder for everything the run writes")
     model: str = setting(SMOLLM2, "folder or Hub name of a dense model with its tokenizer")
     seed: int = setting(0, "of the data, the adapters and the order of training")
-    experts: int = setting(8, "slices of every MLP, all of which a token uses, in two iterations")
+    experts: int = setting(8, "slices of every MLP, all of which a token uses")
     r: int = setting(8, "rank of the adapters", aliases="--lora-r")
     expert_r: int = setting(4, "rank of the experts' adapters")
-    steps: int = setting(50, "of the optimizer, for each of the two models")
+    steps: int = setting(40, "of the optimizer, for each of the three models")
     batch_size: int = setting(4, "rows of packed conversations per step")
     max_length: int = setting(384, "tokens of a row")
     lr: float = setting(1e-3, "highest learning rate")
@@ -232,7 +239,7 @@ def summarise(settings: RealModelSettings, stages: Stages) -> dict[str, Any]:
     """What `results.json` holds."""
     found, seconds = stages.run["found"], stages.run["seconds"]
     rows = {}
-    for name in ("source", "dense", "chain"):
+    for name in ("source", *MODELS):
         evaluation = found[f"evaluate {name}"]
         rows[name] = {
             "parameters": evaluation["parameters"],
@@ -254,14 +261,14 @@ def summarise(settings: RealModelSettings, stages: Stages) -> dict[str, Any]:
         "conversations": len(losses["chain"]),
         "problems": settings.num_problems,
         "models": rows,
-        "chain_less_dense": paired(losses["chain"], losses["dense"]),
+        "chain_less": {name: paired(losses["chain"], losses[name]) for name in ("dense", "slices")},
         "sample": read_json(settings.output_dir / "chain-tuned" / "results.json")["samples"],
     }
 
 
 def as_markdown(results: dict[str, Any]) -> str:
     """The results as a table, and what they say of the chain."""
-    titles = {"source": "as it was", "dense": "dense, tuned (the control)", "chain": "chain, tuned"}
+    titles = {"source": "as it was", **{name: title for name, (title, _) in MODELS.items()}}
 
     def error_of(pair: dict[str, float | None]) -> str:
         return "" if pair["error"] is None else f" ± {pair['error']:.4f}"
@@ -281,16 +288,18 @@ def as_markdown(results: dict[str, Any]) -> str:
             "-" if speed is None else f"{speed:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    pair = results["chain_less_dense"]
-    if pair["error"] is None or abs(pair["difference"]) < 2 * pair["error"]:
-        verdict = "no difference can be told"
-    else:
-        verdict = f"the chain is {'better' if pair['difference'] < 0 else 'worse'} at these settings"
+    lines.append("")
+    for name, pair in results["chain_less"].items():
+        if pair["error"] is None or abs(pair["difference"]) < 2 * pair["error"]:
+            verdict = "no difference can be told"
+        else:
+            verdict = f"the chain is {'better' if pair['difference'] < 0 else 'worse'} at these settings"
+        lines.append(f"- chain less {name}: {pair['difference']:+.4f}{error_of(pair)}: {verdict}")
     lines += [
         "",
-        f"Chain less control: {pair['difference']:+.4f}{error_of(pair)}: {verdict}. Losses are nats per token of the "
-        f"answers, of {results['conversations']} held-out conversations; ± is one standard error over these, of one "
-        f"run. Exact match is that of {results['problems']} problems.",
+        f"Losses are nats per token of the answers, of {results['conversations']} held-out conversations; ± is one "
+        "standard error over these, of one run of each model. Exact match is that of "
+        f"{results['problems']} problems.",
         "",
         f"{results['seconds']['total'] / 60:.1f} minutes, at most {results['peak_bytes'] / 1e9:.2f} GB of memory in a "
         "process; " + ", ".join(f"{name} {value}" for name, value in results["machine"].items()) + ".",
@@ -301,7 +310,6 @@ def as_markdown(results: dict[str, Any]) -> str:
 def run(settings: RealModelSettings) -> None:
     """The whole way, or the rest of it."""
     stages, folder = Stages(settings), settings.output_dir
-    chain = folder / "chain"
 
     def measured(act: Callable[..., dict[str, Any] | None], *arguments: Any) -> Callable[[], dict[str, Any]]:
         return lambda: {**(act(*arguments) or {}), "peak_bytes": peak_memory()}
@@ -309,10 +317,10 @@ def run(settings: RealModelSettings) -> None:
     def download() -> dict[str, Any]:
         return {"folder": fetch(settings.model, folder / "source")}
 
-    def slices() -> None:
+    def converted(name: str, mode: str) -> None:
         try:
-            options = Options(upcycle="slice", experts=settings.experts)
-            convert(source, chain, options, overwrite=True, progress=True)
+            options = Options(upcycle="slice", experts=settings.experts, mode=mode)
+            convert(source, folder / name, options, overwrite=True, progress=True)
         except ConversionError as error:
             raise InputError(f"--model {settings.model} cannot be converted: {error}") from error
 
@@ -322,11 +330,13 @@ def run(settings: RealModelSettings) -> None:
 
     stages.do("download", measured(download))
     source = stages.run["found"]["download"]["folder"]
-    stages.do("convert", measured(slices))
-    for name, model in (("dense", source), ("chain", str(chain))):
-        stages.do(f"tune {name}", measured(tune, settings, model, name))
+    for name, (_, mode) in MODELS.items():
+        if mode is not None:
+            stages.do(f"convert {name}", measured(converted, name, mode))
+    for name, (_, mode) in MODELS.items():
+        stages.do(f"tune {name}", measured(tune, settings, source if mode is None else str(folder / name), name))
     stages.do("evaluate source", measured(evaluate, settings, source))
-    for name in ("dense", "chain"):
+    for name in MODELS:
         stages.do(f"evaluate {name}", measured(evaluated, name))
     results = summarise(settings, stages)
     write_json(folder / "results.json", results)

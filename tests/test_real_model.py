@@ -56,12 +56,16 @@ def read(path: Path) -> dict:
 class TestRun:
     def test_all_is_there(self, whole_run, source):
         results = read(whole_run / "results.json")
-        before, dense, chain = (results["models"][name] for name in ("source", "dense", "chain"))
-        assert max(dense["held_out_loss"], chain["held_out_loss"]) < before["held_out_loss"]
+        losses = {name: row["held_out_loss"] for name, row in results["models"].items()}
+        assert list(losses) == ["source", "dense", "slices", "chain"]
+        assert max(losses["dense"], losses["slices"], losses["chain"]) < losses["source"]
         tuned = AutoModelForCausalLM.from_pretrained(whole_run / "chain-tuned" / "model")
         assert type(tuned).__name__ == "CoeForCausalLM" and tuned.config.uses_all_experts
-        assert chain["parameters"] == tuned.num_parameters()
-        assert dense["parameters"] == AutoModelForCausalLM.from_pretrained(source).num_parameters()
+        assert tuned.config.inner_iter == 2 and results["models"]["chain"]["parameters"] == tuned.num_parameters()
+        slices = AutoModelForCausalLM.from_pretrained(whole_run / "slices-tuned" / "model")
+        assert slices.config.inner_iter == 1 and slices.config.n_routed_experts == tuned.config.n_routed_experts
+        dense = AutoModelForCausalLM.from_pretrained(source)
+        assert results["models"]["dense"]["parameters"] == dense.num_parameters()
         assert {"cpu", "cores", "torch", "transformers"} <= results["machine"].keys()
         assert 1e8 < results["peak_bytes"] < 1e11 and results["seconds"]["total"] > 0
         card = ModelCard.load(whole_run / "chain-tuned" / "model" / "README.md")
@@ -87,11 +91,14 @@ class TestRun:
         mean = read(whole_run / "results.json")["models"]["chain"]["held_out_loss"]
         assert mean == pytest.approx(sum(losses) / len(losses), rel=2e-2)
 
-    def test_the_control_is_tuned_the_same_way(self, whole_run):
-        dense, chain = (read(whole_run / f"{name}-tuned" / "run.json") for name in ("dense", "chain"))
-        differing = {name for name in dense["settings"] if dense["settings"][name] != chain["settings"][name]}
-        assert differing == {"model", "expert_r", "routers"}
-        assert dense["data_fingerprint"].split("-")[0] == chain["data_fingerprint"].split("-")[0]
+    @pytest.mark.parametrize(
+        ("control", "differing"), [("dense", {"model", "expert_r", "routers"}), ("slices", {"model"})]
+    )
+    def test_controls_are_tuned_the_same_way(self, whole_run, control, differing):
+        of_control, of_chain = (read(whole_run / f"{name}-tuned" / "run.json") for name in (control, "chain"))
+        settings = of_control["settings"]
+        assert {name for name in settings if settings[name] != of_chain["settings"][name]} == differing
+        assert of_control["data_fingerprint"].split("-")[0] == of_chain["data_fingerprint"].split("-")[0]
 
     def test_goes_on_where_it_was_interrupted(self, whole_run, options, capsys):
         """After the control was tuned and evaluated; finished stages are not done again."""
@@ -123,7 +130,7 @@ def test_no_gain_is_claimed_that_chance_may_make(others, verdict):
     pair = real_model.paired([1.0, 2.0, 3.0], others)
     row = {"trained_parameters": None, "held_out_loss": 2.0, "exact_match": None}
     results = {
-        **{"models": {"source": row}, "chain_less_dense": pair, "conversations": 3, "problems": 1},
+        **{"models": {"source": row}, "chain_less": {"slices": pair}, "conversations": 3, "problems": 1},
         **{"seconds": {"total": 1.0}, "peak_bytes": 1, "machine": {}},
     }
     assert verdict in real_model.as_markdown(results)
