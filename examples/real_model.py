@@ -76,14 +76,14 @@ class RecipeSettings:
     experts: int = setting(8, "slices of every MLP, all of which a token uses")
     r: int = setting(8, "rank of the adapters", aliases="--lora-r")
     expert_r: int = setting(4, "rank of the experts' adapters")
-    steps: int = setting(40, "of the optimizer, for each of the three models")
+    steps: int = setting(16, "of the optimizer, for each of the three models")
     batch_size: int = setting(4, "rows of packed conversations per step")
     max_length: int = setting(384, "tokens of a row")
     lr: float = setting(1e-3, "highest learning rate")
     train_examples: int = setting(1000, "conversations at most")
-    eval_examples: int = setting(100, "held-out conversations whose answers' loss is measured")
-    num_problems: int = setting(32, "held-out problems to solve")
-    max_new_tokens: int = setting(160, "of one solution")
+    eval_examples: int = setting(48, "held-out conversations whose answers' loss is measured")
+    num_problems: int = setting(16, "held-out problems to solve")
+    max_new_tokens: int = setting(128, "of one solution")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def tune(settings: RealModelSettings, model: str, name: str) -> None:
         "warmup_steps": max(1, settings.steps // 10),
         "log_steps": max(1, settings.steps // 25),
         "eval_steps": settings.steps,
-        "eval_examples": min(16, settings.eval_examples),  # for the curve; all are measured afterwards
+        "eval_examples": min(8, settings.eval_examples),  # for the curve; all are measured afterwards
         "save_steps": max(1, settings.steps // 25) * 5,
         "num_samples": 1,
     }
