@@ -111,10 +111,9 @@ class Stages:
     """
 
     def __init__(self, settings: RealModelSettings):
-        make_folder("output_dir", settings.output_dir)
         self.path = settings.output_dir / "run.json"
         told = {name: value for name, value in asdict(settings).items() if name != "output_dir"}
-        self.run = read_json(self.path) if self.path.is_file() else {"settings": told, "seconds": {}}
+        self.run = read_json(self.path) if self.path.is_file() else {"settings": told, "seconds": {}, "found": {}}
         for name, value in told.items():
             if self.run["settings"].get(name) != value:
                 raise InputError(
@@ -131,7 +130,8 @@ class Stages:
         start = time.perf_counter()
         found = act()
         self.run["seconds"][name] = time.perf_counter() - start
-        self.run["found"] = self.run.get("found", {}) | {name: found}
+        self.run["found"][name] = found
+        make_folder("output_dir", self.path.parent)
         write_json(self.path, self.run)
 
 
@@ -309,6 +309,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 def run(settings: RealModelSettings) -> None:
     """The whole way, or the rest of it."""
+    load_corpus(settings, settings.seed)  # data that do not work are named before anything is done
     stages, folder = Stages(settings), settings.output_dir
 
     def measured(act: Callable[..., dict[str, Any] | None], *arguments: Any) -> Callable[[], dict[str, Any]]:

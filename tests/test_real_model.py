@@ -119,6 +119,25 @@ class TestRun:
 
 
 @pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("--steps 0", ("--steps is 0", "1 or more")),
+        ("--lr nan", ("--lr is nan", "more than 0")),
+        ("--num-problems many", ("--num-problems", "'many'", "--help")),
+        ("--data nowhere.jsonl", ("--data nowhere.jsonl does not exist", "Give an existing file")),
+        ("--prompt-column query", ("--prompt-column is 'query'", "Choose one of them")),
+        ("--model no-such/model", ("--model no-such/model cannot be loaded", "Give a folder")),
+    ],
+)
+def test_wrong_input_is_named_before_anything_is_written(wrong, words, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        real_model.main([*options, "--output-dir", str(tmp_path / "out"), *wrong.split()])
+    assert [word for word in words if word not in exit_info.value.code] == [], exit_info.value.code
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("others", "verdict"),
     [
         ([1.0, 2.1, 2.9], "no difference can be told"),

