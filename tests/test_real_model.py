@@ -159,6 +159,12 @@ class TestFetch:
     def test_a_folder_is_taken_as_it_is(self, source, tmp_path):
         assert pretrained.fetch(str(source), tmp_path / "source") == str(source)
 
+    def test_of_the_hub_the_name_is_kept(self, tmp_path, monkeypatch):
+        names = []
+        monkeypatch.setattr(pretrained, "snapshot_download", lambda name, **options: names.append(name))
+        assert pretrained.fetch("owner/dense", tmp_path / "source") == "owner/dense"
+        assert names == ["owner/dense"] and not any(tmp_path.iterdir())
+
     def test_without_the_hub_the_package_is_taken(self, tmp_path, monkeypatch, capsys):
         """Its weights are put in the place of the download; whatever fails leaves nothing there."""
         commands = []

@@ -30,7 +30,7 @@ def fetch(model: str, folder: Path) -> str:
         folder (`Path`): Where to put what does not come from the Hub, whole or not at all.
 
     Returns:
-        `str`: The folder of the model.
+        `str`: The folder of the model, or its name on the Hub, from where it is on disk now.
 
     Raises:
         InputError: It cannot be had.
@@ -40,7 +40,8 @@ def fetch(model: str, folder: Path) -> str:
     if folder.is_dir():
         return str(folder)
     try:
-        return snapshot_download(model, allow_patterns=FILES, etag_timeout=5)
+        snapshot_download(model, allow_patterns=FILES, etag_timeout=5)
+        return model  # so that cards name it
     except (OSError, ValueError) as error:
         if model != SMOLLM2:
             raise InputError(f"--model {model} cannot be loaded: {one_line(error)} Give a folder.") from error
