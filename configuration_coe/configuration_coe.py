@@ -587,6 +587,12 @@ class CoeConfig(DeepseekV2Config):
         return prod(comb(self.n_routed_experts - t * used, self.num_experts_per_tok) for t in range(self.inner_iter))
 
     @property
+    def uses_all_experts(self) -> bool:
+        """Whether the choices of each router cover all experts, over the iterations of a split layer, so that every
+        token uses all of them and there is no load to balance. False where all layers are dense."""
+        return self.num_sparse_layers > 0 and self._num_ranked_experts == self.n_routed_experts
+
+    @property
     def expert_flops_per_token(self) -> int:
         """Forward floating-point operations (2 per multiply-add) that one token costs in the expert matrices, routed
         and shared, of all sparse layers and iterations. The routers are not counted."""

@@ -214,7 +214,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def write_card(plan: Plan, source: Source, report: dict[str, Any], folder: Path, name: str) -> None:
-    """Writes README.md, the model card, with the licence and language of the source's.
+    """Writes README.md, the model card, with what it takes over from the source's.
 
     Args:
         plan (`Plan`): The conversion.
@@ -223,9 +223,8 @@ def write_card(plan: Plan, source: Source, report: dict[str, Any], folder: Path,
         folder (`Path`): Where to write to.
         name (`str`): What the result will be called.
     """
-    carried = _card_data(source.path)
-    base_model = source.name if "/" in source.name else carried.get("base_model")
-    kept = {name: carried[name] for name in ("license", "license_name", "license_link", "language") if name in carried}
+    kept = model_cards.inherited(source.name, source.path)
+    base_model = kept.pop("base_model", None)
     if plan.options.to == "coe":
         data, text = ModelCardData(**kept), ""
     else:
@@ -236,14 +235,6 @@ def write_card(plan: Plan, source: Source, report: dict[str, Any], folder: Path,
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_title(plan)}\n{text}").save(path)
     if plan.options.to == "coe":
         model_cards.write(plan.after, folder, name=name, base_model=base_model, conversion_report=report)
-
-
-def _card_data(folder: Path) -> dict[str, Any]:
-    """Metadata of a folder's model card, empty where there is none that can be read."""
-    try:
-        return ModelCard.load(folder / model_cards.CARD_NAME, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a broken card is no reason not to convert a model
-        return {}
 
 
 def _title(plan: Plan) -> str:

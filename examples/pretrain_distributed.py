@@ -455,7 +455,8 @@ class Loop:
         """What the log has of a step."""
         loss, aux_loss = self.add_up(result["loss"], result["aux_loss"])
         rate = tokens_per_second / self.processes.count
-        entry = {"loss": loss, "aux_loss": aux_loss, "grad_norm": float(result["grad_norm"]), "lr": result["lr"]}
+        aux_losses = {} if self.config.uses_all_experts else {"aux_loss": aux_loss}
+        entry = {"loss": loss, **aux_losses, "grad_norm": float(result["grad_norm"]), "lr": result["lr"]}
         entry |= {"epoch": max(self.processes.gather(self.inputs.stream.epoch)), "tokens_per_second_per_device": rate}
         entry["mfu"] = None if self.peak_flops is None else rate * self.flops_per_token / self.peak_flops
         if self.statistics is not None:
@@ -502,8 +503,11 @@ class Loop:
 
 
 def routing_entry(statistics: RoutingStatistics) -> dict[str, float]:
-    """The load of each iteration: its entropy as the mean over layers, and its largest violation of balance."""
+    """The load of each iteration, where it can differ: its entropy as the mean over layers, and its largest violation
+    of balance."""
     entry, layers = {}, statistics.layers.values()
+    if not statistics.has_load:
+        return entry
     for t in range(max(layer.num_iterations for layer in layers)):
         reached = [layer for layer in layers if layer.num_iterations > t]
         entry[f"routing/iter{t}/load_entropy"] = sum(float(each.load_entropy[t]) for each in reached) / len(reached)

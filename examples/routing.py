@@ -7,6 +7,7 @@ Both models read the same held-out texts. The output folder holds
 
     transitions_untrained.png, transitions_trained.png    the heat maps of figure 8 of the paper
     load_untrained.png, load_trained.png                  the load of every expert
+    routing_untrained.json, routing_trained.json          all statistics of every router
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import recipe.openmp  # noqa: F401  before torch
 
 # isort: split
 from recipe.corpus import check_data_options, load_corpus, load_tokenizer, pack
+from recipe.run_folder import write_json
 from recipe.settings import BlockSettings, DataSettings
 from recipe.training import given_config, given_model
 from tqdm import tqdm
@@ -81,6 +83,7 @@ def draw(settings: RoutingSettings) -> None:
     make_folder("output_dir", settings.output_dir)
     for name, model in models.items():
         routing = measure_routing(model, ({"input_ids": batch} for batch in tqdm(blocks.split(8), desc=name)))
+        write_json(settings.output_dir / f"routing_{name}.json", routing.summary())
         print(f"\n{name}: {routing}")
         plot_transitions(routing, settings.output_dir / f"transitions_{name}.png")
         plot_load(routing, settings.output_dir / f"load_{name}.png")

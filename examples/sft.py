@@ -2,16 +2,20 @@
 """Fine-tunes a Chain-of-Experts model on conversations with TRL's `SFTTrainer`.
 
     python examples/sft.py --model runs/demo/model --output-dir runs/sft --data train.parquet --eval-data test.parquet
+    python examples/sft.py --model runs/chain --output-dir runs/sft-lora --lora 8 --expert-r 4 --dtype bfloat16
 
 A prompt is what the user says and its answer what the assistant says. The model's chat template joins them, or, where
 it has none, one that puts prompts on a line of their own as `pretrain.py` does; conversations are packed into rows and
 stay apart in attention; the loss is that of the answers alone, plus the balancing loss that TRL adds, in evaluation
-too, and logs as `aux_loss`. Data, `--resume` and what is reported are those of `pretrain.py`. The output folder holds
+too, and logs as `aux_loss`. `--lora` trains adapters, those of `finetune_lora.py`, in place of all weights. A model
+that is no chain can be tuned in the same way, as a control. Data, `--resume` and what is reported are those of
+`pretrain.py`. The output folder holds
 
     run.json        the settings, and a fingerprint of the data, that a resumed run must share
     tokenizer/      the tokenizer of the run, with its chat template
     checkpoint-N/   the two newest checkpoints
-    model/          the trained model with its tokenizer and chat template
+    adapter/        with `--lora`, the trained adapter
+    model/          the trained model with its tokenizer and chat template; an adapter is merged
     results.json    held-out losses of the answers, exact match, sample solutions, the log of every step
     loss_curve.png  the losses as a picture
 """
@@ -26,16 +30,18 @@ import recipe.openmp  # noqa: F401  before torch
 
 # isort: split
 from datasets import Dataset
+from peft import PeftModel
+from recipe.adapter import AdaptedModelSettings, adapt, check_adapter_options, save_and_merge
 from recipe.corpus import Corpus, Example
 from recipe.job import load_inputs, run_job
+from recipe.job import save as save_whole
 from recipe.processes import say
 from recipe.run_folder import short_hash
 from recipe.settings import JobSettings
 from recipe.training import TrainingData, check_options, given_model
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from modeling_coe import CoeForCausalLM
 from modeling_coe.command_line import InputError, check_positive, command, parse, setting
 from modeling_coe.releases import CHECKPOINTING
 
@@ -50,14 +56,14 @@ CHAT_TEMPLATE = (
 @dataclass(frozen=True, kw_only=True)
 class ConversationSettings:
     _argument_group_name: ClassVar[str] = "conversations"
-    model: str = setting(help="folder or Hub name of a CoE model, with its tokenizer")
     max_length: int = setting(512, "tokens in a row of packed conversations")
     train_examples: int = setting(8000, "at most so many are trained on")
     eval_examples: int = setting(200, "of each held-out split, for its loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ConversationSettings, JobSettings):
+class SftSettings(ConversationSettings, AdaptedModelSettings, JobSettings):
+    model: str = setting(help="folder or Hub name of a CoE model, or of another as a control, with its tokenizer")
     steps: int = 400
     batch_size: int = 4
     lr: float = 1e-3
@@ -69,6 +75,7 @@ def parse_settings(argv: list[str] | None = None) -> SftSettings:
     settings = parse(SftSettings, __doc__.splitlines()[0], argv)
     check_options(settings)
     check_positive(settings, "max_length", "train_examples", "eval_examples")
+    check_adapter_options(settings)
     return settings
 
 
@@ -124,16 +131,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Example]) -> list[
 
 def finetune(settings: SftSettings) -> None:
     """The whole run, from data to report."""
-    inputs = load_inputs(settings)
+    inputs = load_inputs(settings, chains_only=False)
     tokenizer = inputs.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     data = converse(settings, inputs.corpus)
     check_lengths(settings, tokenizer, {"train": data.train, **data.held_out})
     set_seed(settings.seed)
-    model = given_model(settings.model, inputs.config)
+    model, save = given_model(settings.model, inputs.config, settings.dtype), save_whole
+    if settings.r is not None:
+        (model, data), save = adapt(settings, model, data), save_and_merge
 
     def trainer(
-        model: CoeForCausalLM, arguments: dict[str, Any], data: TrainingData, callbacks: list[TrainerCallback]
+        model: PreTrainedModel | PeftModel,
+        arguments: dict[str, Any],
+        data: TrainingData,
+        callbacks: list[TrainerCallback],
     ) -> SFTTrainer:
         # One conversation at a time, so that held-out losses do not depend on which are in a batch.
         arguments |= {"per_device_eval_batch_size": 1}
@@ -156,7 +168,7 @@ def finetune(settings: SftSettings) -> None:
         return trainer
 
     title = "Chain-of-Experts, supervised fine-tuning"
-    run_job(settings, inputs, data, model, title=title, trainer=trainer, encode=encode)
+    run_job(settings, inputs, data, model, title=title, trainer=trainer, encode=encode, save=save)
 
 
 @command

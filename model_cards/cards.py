@@ -24,6 +24,11 @@ CARD_NAME = "README.md"
 REPORT_NAME = "conversion_report.json"
 TEMPLATE = Path(__file__).with_name("template.md")
 
+# What tokenizers save chat templates as, besides a field of their configuration.
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# Metadata that a model takes over from the one it was made from.
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
+
 # The parts of a card in their order, each between a pair of marks. What is outside of these is never touched.
 SECTIONS = ("architecture", "usage", "origin", "training", "evaluation", "limitations", "citation")
 
@@ -45,6 +50,32 @@ _EMPTY_FORM = (
 )
 
 
+def inherited(source: str, folder: str | Path | None = None) -> dict[str, Any]:
+    """What the card of a model takes over from that of the model it was made from.
+
+    Args:
+        source (`str`): Folder or Hub name of the model that another was made from.
+        folder (`str` or `Path`, *optional*): Where it lies, if `source` is not the folder.
+
+    Returns:
+        `dict[str, Any]`: Those of `license`, `license_name`, `license_link`, `language`, `datasets` and `base_model`
+        that its card has. `base_model` is `source` itself where that is a name on the Hub.
+    """
+    folder = Path(source if folder is None else folder)
+    is_folder = folder.is_dir()
+    try:
+        card = ModelCard.load(folder / CARD_NAME if is_folder else source, ignore_metadata_errors=True)
+        data = card.data.to_dict()
+    except Exception:  # a card that is broken, or out of reach, is no reason to write none
+        data = {}
+    kept = {name: data[name] for name in _INHERITED if data.get(name)}
+    if _is_on_hub(source) and not Path(source).is_dir():
+        kept["base_model"] = source
+    elif "base_model" not in kept and (base_models := _hub_source(_report_of(folder))):
+        kept["base_model"] = base_models
+    return kept
+
+
 def render(
     model_or_config: PreTrainedModel | CoeConfig,
     *,
@@ -53,12 +84,14 @@ def render(
     results: Sequence[EvalResult] | Mapping[str, float] | None = None,
     training_args: "TrainingArguments | None" = None,
     base_model: str | list[str] | None = None,
+    made_from: str | None = None,
     conversion_report: dict[str, Any] | None = None,
     dataset: str | list[str] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
     tags: Sequence[str] = (),
     prompt: str = "Ann has 7 pens.",
+    chat: bool = False,
 ) -> ModelCard:
     """Makes a model card.
 
@@ -71,12 +104,16 @@ def render(
             what `Trainer.evaluate` returns, is of metrics on the one `dataset`.
         training_args (`TrainingArguments`, *optional*): The recipe.
         base_model (`str` or `list[str]`, *optional*): What this model was made from.
+        made_from (`str`, *optional*): Folder or Hub name of what this model was made from: what is not passed, such as
+            licence, language and base model, is taken from there by [`inherited`], and the conversion report too.
+            Training data are joined.
         conversion_report (`dict`, *optional*): What the conversion wrote about itself.
         dataset (`str` or `list[str]`, *optional*): The training data.
         license (`str`, *optional*): Identifier of the licence.
         language (`str` or `list[str]`, *optional*): ISO 639 codes.
         tags (`Sequence[str]`): Tags besides this project's own.
-        prompt (`str`): What the example in the card completes.
+        prompt (`str`): What the example in the card completes, or answers.
+        chat (`bool`): Whether the tokenizer has a chat template, which the example then applies.
 
     Returns:
         `ModelCard`: The card, of which `str` is the text.
@@ -85,15 +122,20 @@ def render(
     if getattr(config, "model_type", None) != CoeConfig.model_type:  # the class may be that of a folder's own code
         raise TypeError(f"`model_or_config` is a {type(model_or_config).__name__}; pass a CoE model or its config.")
     name = name or (repo_id.split("/")[-1] if repo_id else "Chain-of-Experts")
-    report = conversion_report or {}
-    base_models = _listed(base_model) or _hub_source(report)
+    carried = {} if made_from is None else inherited(made_from)
+    report = conversion_report or ({} if made_from is None else _report_of(Path(made_from)))
+    base_models = _listed(base_model) or _listed(carried.get("base_model")) or _hub_source(report)
     datasets = _listed(dataset)
     eval_results = _eval_results(results, datasets)
+    datasets = list(dict.fromkeys([*_listed(carried.get("datasets")), *datasets]))
+    named = {} if license else {name: carried[name] for name in ("license_name", "license_link") if name in carried}
+    license = license or carried.get("license")
     auto_class, task = _head(model_or_config)
     adapter = hasattr(model_or_config, "peft_config")
     data = ModelCardData(
-        language=language,
+        language=language or carried.get("language"),
         license=license,
+        **named,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
         base_model=[model for model in base_models if _HUB_ID.fullmatch(model)] or None,
@@ -113,6 +155,7 @@ def render(
         adapter=adapter,
         location=repo_id or name,
         prompt=prompt,
+        chat=chat,
         origin=facts.origin(report, base_models),
         training=facts.training(training_args, config, datasets) if training_args is not None else {},
         evaluation=[
@@ -133,7 +176,8 @@ def write(model_or_config: PreTrainedModel | CoeConfig, folder: str | Path, **de
 
     In an existing card only the parts between this package's marks are replaced, and missing ones are added; parts for
     which nothing is passed stay as they are, and so does a title, unless it is the folder's name. Its metadata is kept
-    and completed. A conversion report in the folder is read unless one is passed.
+    and completed. A conversion report in the folder is read unless one is passed. The example applies a chat template
+    where the folder has one.
 
     Args:
         model_or_config (`PreTrainedModel` or `CoeConfig`): What the card describes.
@@ -149,11 +193,11 @@ def write(model_or_config: PreTrainedModel | CoeConfig, folder: str | Path, **de
     folder = Path(folder)
     path = folder / CARD_NAME
     old = ModelCard.load(path) if path.is_file() else None
-    keep = () if details.keys() & {"name", "repo_id", "prompt"} else ("usage",)
+    keep = () if details.keys() & {"name", "repo_id", "prompt", "chat"} else ("usage",)
     if old is not None and details.get("license") is None:
         details["license"] = old.data.license
-    if details.get("conversion_report") is None and (folder / REPORT_NAME).is_file():
-        details["conversion_report"] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+    details["conversion_report"] = details.get("conversion_report") or _report_of(folder)
+    details.setdefault("chat", _has_chat_template(folder))
     if not details.get("repo_id"):
         details["name"] = details.get("name") or folder.resolve().name
     card = render(model_or_config, **details)
@@ -214,12 +258,28 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
+def _is_on_hub(name: Any) -> bool:
+    return isinstance(name, str) and "/" in name and not name.startswith(".") and bool(_HUB_ID.fullmatch(name))
+
+
 def _hub_source(report: dict[str, Any]) -> list[str]:
     """The Hub's name of what a conversion started from, if it has one. A folder has none."""
     source = report.get("source")
     name = source.get("name") if isinstance(source, dict) else source
-    is_id = isinstance(name, str) and "/" in name and not name.startswith(".") and _HUB_ID.fullmatch(name)
-    return [name] if is_id else []
+    return [name] if _is_on_hub(name) else []
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    """The conversion report of a folder, empty where it has none."""
+    path = folder / REPORT_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if any((folder / name).exists() for name in CHAT_TEMPLATES):
+        return True
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _eval_results(results: Sequence[EvalResult] | Mapping[str, float] | None, datasets: list[str]) -> list[EvalResult]:
@@ -256,10 +316,12 @@ def _merge_metadata(old: ModelCard, new: ModelCard) -> None:
     """Completes the metadata of `old`: lists are joined, results of the same measurement replaced, and fields that
     `old` has are kept, but for those that `new` was made from."""
     data, added = old.data, new.data
+    if added.get("base_model"):  # PEFT makes a tag of the old one, which may be a folder
+        data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
     for field in ("tags", "datasets", "metrics"):
         joined = list(dict.fromkeys([*_listed(data.get(field)), *_listed(added.get(field))]))
         data[field] = joined or None
-    for field in ("license", "language", "base_model"):
+    for field in ("license", "license_name", "license_link", "language", "base_model"):
         if added.get(field) and _listed(data.get(field)) != _listed(added.get(field)):
             data[field] = added.get(field)
     for field in ("library_name", "pipeline_tag"):

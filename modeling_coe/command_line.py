@@ -1,6 +1,7 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """What commands have in common: input that does not work is named in one line, with what to do about it."""
 
+import io
 import math
 import os
 import sys
@@ -77,10 +78,12 @@ def parse(
 
 def command(run: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[str] | None], Any]:
     """Makes a command of a function of its arguments: bad input ends in one line, of one process of a node, and the
-    exit code 1."""
+    exit code 1. Lines that it prints are there at once, in a pipe or file too."""
 
     @wraps(run)
     def main(argv: Sequence[str] | None = None) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         try:
             return run(argv)
         except InputError as error:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
@@ -74,6 +74,23 @@ def save_chain(folder: Path, length: int) -> None:
     """A chain of two iterations with random weights for `length` tokens, and a tokenizer of characters."""
     tiny_model(inner_iter=2, max_position_embeddings=length, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+
+
+def save_llama(folder: Path) -> None:
+    """A dense model with random weights, and a tokenizer of characters with a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    config = LlamaConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def random_ids(*shape: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -310,3 +310,17 @@ def test_expert_flops():
 def test_configuration_needs_no_model_code():
     code = "import sys, configuration_coe; assert 'modeling_coe' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"num_experts_per_tok": 8}, True),
+        ({"num_experts_per_tok": 4, "inner_iter": 2}, False),  # a later iteration may choose them again
+        ({"num_experts_per_tok": 4, **RESIDUAL_RULES["split"]}, True),
+        ({"num_experts_per_tok": 3, **RESIDUAL_RULES["split"]}, False),
+        ({"n_routed_experts": None}, False),
+    ],
+)
+def test_whether_every_token_uses_all_experts(fields, expected):
+    assert tiny_config(**fields).uses_all_experts == expected

@@ -424,8 +424,8 @@ def test_experts_of_their_own_do_not_go_back_into_one_tensor(tmp_path):
     model = tiny_model(backbone="granitemoe", intermediate_size=24, **fields)
     model.save_pretrained(tmp_path / "apart")
     options = Options(to="source")
-    assert_refused(tmp_path / "apart", tmp_path / "back", "save_original_format=False", options=options)
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert_refused(tmp_path / "apart", tmp_path / "back", "`--layout fused`", options=options)
+    convert(tmp_path / "apart", tmp_path / "fused", Options(layout="fused"), verify_tokens=8)
     convert(tmp_path / "fused", tmp_path / "back", options, verify_tokens=8)
     assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "granitemoe"
 

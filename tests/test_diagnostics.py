@@ -368,6 +368,32 @@ def test_the_table_shows_every_router():
     assert "-" in str(RoutingStatistics(tiny_config()))
 
 
+def test_the_table_of_many_layers_shows_means_and_the_worst():
+    config = tiny_config(num_hidden_layers=9, inner_iter=2, num_experts_per_tok=1)
+    statistics = RoutingStatistics(config)
+    spread, together = torch.arange(8)[:, None], torch.zeros(8, 1, dtype=torch.int64)
+    # Layer 4 sends all to one expert in its second iteration; layer 6 half of them in its first.
+    calls = [spread] * 18
+    calls[2 * 4 + 1], calls[2 * 6] = together, spread // 4 * 4
+    statistics.update(tuple(calls), (torch.zeros(8, 8),) * 18)
+    first, head, *rows = (line.split() for line in str(statistics).splitlines())
+    assert " ".join(first) == "8 tokens, 8 experts" and head[2] == "max_vio"
+    assert [row[:3] for row in rows[:2]] == [["mean", "0", f"{3 / 9:.4f}"], ["mean", "1", f"{7 / 9:.4f}"]]
+    assert rows[0][-1] == "-" and " ".join(rows[2]) == "of 18 routers those with the highest max_vio"
+    assert [row[:3] for row in rows[3:5]] == [["4", "1", "7.0000"], ["6", "0", "3.0000"]] and len(rows) == 3 + 5
+    assert len(statistics.summary()["layers"]) == 9
+
+
+@pytest.mark.parametrize("num_layers", [2, 9])
+def test_the_table_leaves_out_a_load_that_cannot_differ(num_layers):
+    model = tiny_model(num_hidden_layers=num_layers, num_experts_per_tok=8, inner_iter=2)
+    lines = str(measure_routing(model, [{"input_ids": random_ids(2, 9)}])).splitlines()
+    assert lines[1].split() == ["layer", "iteration", "margin", "router_entropy"]
+    if num_layers == 9:
+        margins = [float(line.split()[2]) for line in lines[-5:]]
+        assert margins == sorted(margins) and "lowest margin" in lines[-6]
+
+
 class TestRefused:
     def test_models_without_routers(self):
         llama = LlamaForCausalLM(
@@ -528,6 +554,24 @@ def test_callback_does_not_warn_of_few_tokens(tmp_path, caplog):
     RoutingCallback.add_to(run)
     run.train()
     assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    "options, has_load",
+    [({"num_experts_per_tok": 8}, False), ({**RESIDUAL_RULES["split"], "num_experts_per_tok": 4}, True)],
+    ids=["all experts in each iteration", "all experts over the iterations"],
+)
+def test_callback_logs_what_can_differ_where_all_experts_are_used(tmp_path, caplog, options, has_load):
+    """A token uses all experts, so none is dead and there is nothing to balance; which come first may still differ."""
+    model = tiny_model(**options)
+    assert model.config.uses_all_experts
+    run = trainer(tmp_path, model, logging_steps=1)
+    RoutingCallback.add_to(run, min_expected=1, collapse_entropy=1.1)
+    run.train()
+    entry = next(entry for entry in run.state.log_history if "loss" in entry)
+    assert "aux_loss" not in entry and "routing/iter1/margin" in entry and not warnings_of(caplog)
+    for name in ("max_vio", "load_entropy", "dead_share", "reuse"):
+        assert (f"routing/iter1/{name}" in entry) == has_load
 
 
 # ---- Two processes --------------------------------------------------------------------------------------------------
@@ -727,6 +771,7 @@ def test_example_draws_the_model_and_its_untrained_self(tmp_path, capsys):
     options = ["--model", f"{tmp_path}/model", "--output-dir", f"{tmp_path}/out", "--eval-blocks", "2"]
     routing_example.main([*options, "--block-size", "8"])
     names = {f"{kind}_{name}.png" for kind in ("load", "transitions") for name in ("trained", "untrained")}
+    names |= {"routing_trained.json", "routing_untrained.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     pictures = [(tmp_path / "out" / f"transitions_{name}.png").read_bytes() for name in ("trained", "untrained")]
     assert pictures[0] != pictures[1]

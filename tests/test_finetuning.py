@@ -12,9 +12,11 @@ import pretrain
 import pytest
 import sft
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import LoraModel, PeftModel
+from recipe import adapter
 from recipe.corpus import load_corpus, load_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_coe import CoeConfig, CoeForCausalLM
 
@@ -164,7 +166,19 @@ class TestLora:
 
     def test_loading_and_merging_keep_the_logits(self, runs):
         difference = results_of(runs["finetune_lora"])["logit_difference"]
-        assert difference["loading"] < 1e-4 and difference["merging"] < 1e-4
+        assert max(difference["loading"], difference["merging"]) < 1e-5 * max(10, difference["largest"])
+
+    def test_merging_is_tried_before_training(self, base, data, tmp_path, monkeypatch):
+        """An adapter that would be lost in merging ends the run before it begins, whose own weights are untouched."""
+        settings = finetune_lora.parse_settings(options("finetune_lora", base, tmp_path / "run", data))
+        model = adapter.add_adapter(settings, AutoModelForCausalLM.from_pretrained(base))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        adapter.check_merging(settings, model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
+        with pytest.raises(RuntimeError, match="The adapter does not compute the same again"):
+            finetune_lora.main(options("finetune_lora", base, tmp_path / "run", data))
+        assert not (tmp_path / "run").exists()
 
 
 class TestSft:
@@ -201,3 +215,82 @@ class TestSft:
         messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]
         assert tokenizer.apply_chat_template(messages, tokenize=False) == f"1 + 1?\n#### 2{tokenizer.eos_token}"
         assert tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == "1 + 1?\n"
+
+    def test_adapters_in_half_precision(self, base, data, tmp_path):
+        """The model stays in bfloat16, merged too, and the adapter on the base is what was trained."""
+        chosen = ["--lora", "4", "--expert-r", "2", "--routers", "--dtype", "bfloat16"]
+        sft.main([*options("sft", base, tmp_path / "run", data), *chosen])
+        results = results_of(tmp_path / "run")
+        table = results["held_out_loss"]["held_out"]
+        assert table["trained"] < table["before"] - 0.05 and results["logit_difference"]["loading"] == 0
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        assert merged.dtype == torch.bfloat16
+        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        loaded.load_state_dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict())
+        loaded = PeftModel.from_pretrained(loaded, tmp_path / "run" / "adapter")
+        adapted = {name for name, _ in loaded.named_parameters() if "lora_B" in name}
+        for part in ("self_attn", "experts", "gate"):
+            assert any(part in name for name in adapted)
+        merged_again = loaded.merge_and_unload().state_dict()
+        for name, tensor in merged.state_dict().items():
+            torch.testing.assert_close(tensor, merged_again[name].to(tensor), atol=1e-6, rtol=8e-3)
+        assert any((tmp_path / "run" / "checkpoint-24").glob("adapter_model*"))
+
+    def test_a_dense_model_is_tuned_as_a_control(self, base, data, tmp_path):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        config = LlamaConfig(
+            **{"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": tokenizer.eos_token_id},
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+        tokenizer.save_pretrained(tmp_path / "dense")
+        sft.main([*options("sft", tmp_path / "dense", tmp_path / "run", data), "--lora", "4"])
+        results = results_of(tmp_path / "run")
+        table = results["held_out_loss"]["held_out"]
+        assert table["trained"] < table["before"] - 0.02
+        assert not any("aux_loss" in entry for entry in results["log_history"])
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        assert type(tuned) is LlamaForCausalLM and results["model_parameters"] == tuned.num_parameters()
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        linear = [module for name, module in tuned.named_modules() if name.endswith(names)]
+        assert results["adapter_parameters"] == 4 * sum(sum(module.weight.shape) for module in linear)
+
+    def test_nothing_is_balanced_where_all_experts_are_used(self, base, data, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.config.num_experts_per_tok = model.config.n_routed_experts
+        assert model.config.aux_loss_alpha > 0
+        model.save_pretrained(tmp_path / "all")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "all")
+        sft.main([*options("sft", tmp_path / "all", tmp_path / "run", data), "--steps", "4"])
+        assert not any("aux_loss" in entry for entry in results_of(tmp_path / "run")["log_history"])
+
+    def test_the_model_learns_to_stop_where_the_end_pads_too(self, base, tmp_path):
+        """The label of the end of an answer is the padding token, which must not be masked for that."""
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        rows = [json.dumps({"question": f"{i} + 1?", "answer": "#### 7"}) for i in range(24)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        sft.main([*options("sft", tmp_path / "base", tmp_path / "run", tmp_path / "rows.jsonl"), "--steps", "60"])
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        prompt = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("5 + 1?\n", return_tensors="pt")
+        solution = tuned.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(solution) == f"#### 7{tokenizer.eos_token}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cards_say_where_the_model_comes_from(script, base, data, tmp_path):
+    source = shutil.copytree(base, tmp_path / "source")
+    metadata = "license: mit\nlanguage: en\ndatasets: [owner/texts]\nbase_model: owner/dense"
+    (source / "README.md").write_text(f"---\n{metadata}\n---\n# Source\n")
+    more = ["--steps", "4", *(["--lora", "2"] if script == "sft" else [])]
+    SCRIPTS[script].main([*options(script, source, tmp_path / "run", data), *more])
+    for name in ("model", "adapter"):
+        card = ModelCard.load(tmp_path / "run" / name / "README.md")
+        assert (card.data.license, card.data.language, card.data.base_model) == ("mit", "en", ["owner/dense"])
+        assert card.data.datasets == ["owner/texts"] and "Made from [owner/dense]" in card.text
+        assert ("tokenizer.apply_chat_template(messages" in card.text) == (script == "sft")
+        assert str(tmp_path) not in card.content

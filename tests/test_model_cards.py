@@ -212,6 +212,66 @@ def test_snippets_run(tmp_path, monkeypatch):
         assert_equal_up_to_rounding(names["model"](input_ids).logits, model(input_ids).logits)
 
 
+def test_snippet_of_a_model_that_chats_runs(tmp_path, monkeypatch, capsys, tokenizer):
+    """With the messages that its chat template marks, not with the bare prompt."""
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=2)
+    tokenizer.chat_template = "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}</s>"
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    model.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "README.md").unlink()
+    card = model_cards.write(model, tmp_path / "tiny", prompt="Ann?").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for snippet in snippets(card):
+        exec(snippet, names)
+    assert tokenizer.decode(names["inputs"]["input_ids"][0]) == "<s>Ann?</s>"
+    assert capsys.readouterr().out.startswith("Ann?")
+    without = str(model_cards.render(model, name="tiny", prompt="Ann?"))
+    assert "chat_template" not in without and "chat_template" in str(model_cards.render(model, chat=True))
+
+
+class TestMadeFromAnother:
+    METADATA = (
+        "license: other\nlicense_name: theirs\nlanguage: [en, de]\ndatasets: [owner/texts]\nbase_model: owner/dense"
+    )
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        (folder / "README.md").write_text(f"---\n{self.METADATA}\n---\n# Source\n")
+        (folder / "conversion_report.json").write_text(json.dumps(REPORT | {"source": {"name": "source"}}))
+        return folder
+
+    def test_a_tuned_model_says_where_it_comes_from(self, source, tmp_path):
+        card = model_cards.write(tiny_config(), tmp_path / "tuned", made_from=str(source), dataset="openai/gsm8k")
+        data = assert_valid(card.read_text())
+        assert (data.license, data["license_name"], data.language) == ("other", "theirs", ["en", "de"])
+        assert data.base_model == ["owner/dense"] and data.datasets == ["owner/texts", "openai/gsm8k"]
+        assert "Converted from [owner/dense]" in card.read_text()
+        once = card.read_text()
+        model_cards.write(tiny_config(), tmp_path / "tuned")
+        assert card.read_text() == once
+
+    def test_what_is_passed_comes_first(self, source):
+        card = model_cards.render(tiny_config(), made_from=str(source), license="mit", language="fr", base_model="a/b")
+        data = assert_valid(str(card))
+        assert (data.license, data.language, data.base_model) == ("mit", "fr", ["a/b"])
+        assert data.get("license_name") is None
+
+    def test_a_name_on_the_hub_is_the_base_model(self):
+        """Offline its card is out of reach, which is no reason to write none."""
+        assert model_cards.inherited("owner/chain") == {"base_model": "owner/chain"}
+        data = assert_valid(str(model_cards.render(tiny_config(), made_from="owner/chain")))
+        assert data.base_model == ["owner/chain"] and data.license is None
+
+    def test_the_conversion_report_names_it_where_the_card_does_not(self, source):
+        (source / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+        assert model_cards.inherited(str(source)) == {}
+        (source / "conversion_report.json").write_text(json.dumps(REPORT))
+        assert model_cards.inherited(str(source)) == {"base_model": ["owner/dense"]}
+
+
 def test_snippet_of_an_adapter_runs(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)

@@ -213,6 +213,17 @@ def start(output_dir: Path, data: Path, *options: str) -> subprocess.Popen:
     return start_script("pretrain", "--output-dir", output_dir, "--data", data, *TINY_RUN, *options)
 
 
+def test_progress_shows_in_a_pipe(data, tmp_path):
+    """A line for every log, while training goes on."""
+    process = start(tmp_path, data, "--steps", "2000", "--save-steps", "2000")
+    for line in process.stdout:
+        if line.startswith("step      2 of 2000  "):
+            break
+    assert process.poll() is None and re.search(r"  loss \d\.\d+  .*learning_rate ", line)
+    process.kill()
+    process.communicate()
+
+
 def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from datasets import Dataset
 
-from .helpers import ROOT
+from .helpers import ROOT, save_llama
 from .test_evaluation import COMMAND_LINE
 
 
@@ -28,6 +28,9 @@ SMALL = {
     "python examples/pretrain.py --output-dir runs/gsm8k": "--hidden-size 32 --num-layers 1 --vocab-size 300",
     "python examples/finetune_lora.py": f"{TRAINING} --eval-blocks 2",
     "python examples/sft.py": f"{TRAINING} --train-examples 20 --eval-examples 4",
+    "python examples/real_model.py": (
+        "--model ../llama --steps 2 --train-examples 20 --eval-examples 4 --num-problems 2 --max-new-tokens 4"
+    ),
     "python examples/evaluation.py": "--limit 2 --max-new-tokens 4",
     "python examples/routing.py": "",
     "torchrun --nproc-per-node 2 examples/pretrain.py": f"{TRAINING} --eval-blocks 2",
@@ -109,7 +112,7 @@ class Block(NamedTuple):
 
     @property
     def reads(self) -> set[str]:
-        return set(re.findall(r"(runs/\w+)/model", uploaded(" ".join(self.parts))))
+        return set(re.findall(r"(runs/\w+)(?:/[\w-]+)?/model", uploaded(" ".join(self.parts))))
 
 
 def demo_command() -> list[str]:
@@ -204,6 +207,7 @@ def printed(tmp_path_factory) -> Callable[[Block], str]:
             for i in range(count)
         ]
         Dataset.from_list(rows).to_parquet(data / f"{split}.parquet")
+    save_llama(folder.parent / "llama")  # in place of a download
 
     @cache
     def run(block: Block) -> str:

@@ -3,21 +3,24 @@
 
 import torch
 from tasks.question_answer import final_answer
-from transformers import PreTrainedTokenizerBase
-
-from modeling_coe import CoeForCausalLM
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .corpus import Example
 
 
+BATCH_SIZE = 64
+
+
 @torch.no_grad()
 def solve(
-    model: CoeForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str]:
     """Greedy continuations of tokenised prompts, padded on the left, in batches."""
     solutions = []
-    for start in range(0, len(prompts), 64):
-        batch = tokenizer.pad({"input_ids": prompts[start : start + 64]}, return_tensors="pt").to(model.device)
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="Solving", disable=None):
+        part = prompts[start : start + BATCH_SIZE]
+        batch = tokenizer.pad({"input_ids": part}, return_tensors="pt").to(model.device)
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

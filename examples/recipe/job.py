@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from modeling_coe import CoeConfig, CoeForCausalLM
+from modeling_coe import CoeConfig
 
 from .answers import solve
 from .corpus import Blocks, Corpus, Example, choose_tokenizer, encode_prompts, fingerprint_of, load_corpus, pack_corpus
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Inputs(NamedTuple):
     """What a run reads: the configuration of the model it is given, if it is, its texts, and its tokenizer."""
 
-    config: CoeConfig | None
+    config: PreTrainedConfig | None
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
 
@@ -37,19 +37,23 @@ class Inputs(NamedTuple):
 class SavedModel(NamedTuple):
     """A model and its tokenizer, read back from the folder they were saved to, and what was found of them."""
 
-    model: CoeForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
 
 
-def load_inputs(settings: JobSettings) -> Inputs:
+def load_inputs(settings: JobSettings, chains_only: bool = True) -> Inputs:
     """Checks the output folder, and loads what the run reads.
+
+    Args:
+        settings (`JobSettings`): All options of the run.
+        chains_only (`bool`, defaults to `True`): Refuse models that are no Chain-of-Experts.
 
     Raises:
         InputError: There is no such thing, or the run may not write its folder.
     """
     check_output_dir(settings)
-    config = None if settings.model is None else given_config(settings.model)
+    config = None if settings.model is None else given_config(settings.model, chains_only)
     corpus = load_corpus(settings, settings.seed)
     return Inputs(config, corpus, choose_tokenizer(settings, corpus))
 
@@ -65,10 +69,12 @@ def pack_inputs(settings: BlockJobSettings, inputs: Inputs) -> TrainingData:
     )
 
 
-def save(settings: JobSettings, model: CoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SavedModel:
+def save(settings: JobSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavedModel:
     """Saves the trained model as `model/`, and reads it back."""
-    model, tokenizer = save_and_reload(model, tokenizer, settings.output_dir / "model")
-    parameters = {"total": model.config.total_parameters, "active": model.config.active_parameters}
+    model, tokenizer = save_and_reload(settings, model, tokenizer)
+    total = model.num_parameters()
+    active = model.config.active_parameters if isinstance(model.config, CoeConfig) else total
+    parameters = {"total": total, "active": active}
     return SavedModel(model, tokenizer, {"parameters": parameters})
 
 
@@ -108,13 +114,13 @@ def run_job(
     settings: JobSettings,
     inputs: Inputs,
     data: TrainingData,
-    model: CoeForCausalLM | PeftModel,
+    model: PreTrainedModel | PeftModel,
     *,
     title: str,
     baselines: dict[str, dict[str, float]] | None = None,
     trainer: Callable[..., Trainer] = block_trainer,
     encode: Callable[[PreTrainedTokenizerBase, list[Example]], list[list[int]]] = encode_prompts,
-    save: Callable[[JobSettings, CoeForCausalLM | PeftModel, PreTrainedTokenizerBase], SavedModel] = save,
+    save: Callable[[JobSettings, PreTrainedModel | PeftModel, PreTrainedTokenizerBase], SavedModel] = save,
 ) -> None:
     """Trains a model, or goes on with a run that was interrupted; saves it, has the saved one solve held-out problems,
     and reports.
@@ -123,7 +129,7 @@ def run_job(
         settings (`JobSettings`): All options of the run.
         inputs (`Inputs`): What it reads.
         data (`TrainingData`): What of these the model is trained and evaluated on.
-        model (`CoeForCausalLM` or `PeftModel`): Is trained in place.
+        model (`PreTrainedModel` or `PeftModel`): Is trained in place.
         title (`str`): Of the picture of the losses.
         baselines (`dict[str, dict[str, float]]`, *optional*): Other losses to report, by their names and the splits.
         trainer (`Callable[..., Trainer]`): Makes a trainer as [`block_trainer`] does.

@@ -32,6 +32,20 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model that a script tunes."""
+
+    _argument_group_name: ClassVar[str] = "model"
+    model: str = setting(help="folder or Hub name of a CoE model, with its tokenizer")
+    dtype: str = setting(
+        "float32",
+        "of the weights: bfloat16 takes half the memory, and suits adapters, which stay in float32; of whole weights "
+        "it loses small updates to rounding",
+        choices=("float32", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockSettings:
     _argument_group_name: ClassVar[str] = "blocks"
     block_size: int = setting(128, "tokens in a training sequence")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -23,7 +27,8 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_coe import CoeConfig, CoeForCausalLM
+import model_cards
+from modeling_coe import CoeConfig
 from modeling_coe.callbacks import CpuKernelsCallback
 from modeling_coe.command_line import InputError, check_not_negative, check_positive, check_range, load_config, loading
 
@@ -61,23 +66,40 @@ def check_options(settings: JobSettings) -> None:
         )
 
 
-def given_config(source: str) -> CoeConfig:
-    """The configuration of the model that `--model` names.
+def given_config(source: str, chains_only: bool = True) -> PreTrainedConfig:
+    """The configuration of the model that `--model` names. Where every token uses all experts there is nothing to
+    balance, and a chain trains without a balancing loss.
+
+    Args:
+        source (`str`): Folder or Hub name.
+        chains_only (`bool`, defaults to `True`): Refuse models that are no Chain-of-Experts.
 
     Raises:
-        InputError: It cannot be loaded, or is not that of a Chain-of-Experts model.
+        InputError: It cannot be loaded, or is refused.
     """
-    return load_config(source, "--model", WHOLE_MODEL)
+    if chains_only:
+        config = load_config(source, "--model", WHOLE_MODEL)
+    else:
+        with loading(f"--model {source}", WHOLE_MODEL):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if isinstance(config, CoeConfig) and config.uses_all_experts:
+        config.aux_loss_alpha = 0.0
+    return config
 
 
-def given_model(source: str, config: CoeConfig) -> CoeForCausalLM:
-    """The model that `--model` names, in float32.
+def given_model(source: str, config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """The model that `--model` names.
+
+    Args:
+        source (`str`): Folder or Hub name.
+        config (`PreTrainedConfig`): What [`given_config`] returned.
+        dtype (`str`, defaults to `"float32"`): Of the weights.
 
     Raises:
         InputError: It cannot be loaded.
     """
     with loading(f"--model {source}", WHOLE_MODEL):
-        return CoeForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype))
 
 
 class Stopwatch(TrainerCallback):
@@ -95,6 +117,15 @@ class Stopwatch(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self.begin
         self.steps += 1
+
+
+class LogLines(TrainerCallback):
+    """Prints what is logged, a line each, where no terminal shows a progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero:
+            shown = [f"{name} {value:.5g}" for name, value in logs.items() if isinstance(value, int | float)]
+            print(f"step {state.global_step:>6} of {state.max_steps}  " + "  ".join(shown))
 
 
 def sequences_at_once(settings: JobSettings) -> tuple[int, int]:
@@ -151,6 +182,7 @@ def training_arguments(settings: JobSettings, evaluate_first: bool) -> dict[str,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
         "ddp_find_unused_parameters": False,  # all are used, those of experts without tokens too
     }
 
@@ -161,6 +193,10 @@ class LogitDifference(NamedTuple):
     difference: float
     largest: float
 
+    @classmethod
+    def between(cls, logits: torch.Tensor, others: torch.Tensor) -> LogitDifference:
+        return cls((logits - others).abs().max().item(), logits.abs().max().item())
+
     @property
     def is_rounding(self) -> bool:
         """Whether it is no more than rounding makes it, which is far less than what a wrong weight does."""
@@ -168,25 +204,33 @@ class LogitDifference(NamedTuple):
 
 
 @torch.no_grad()
-def logit_difference(model: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> LogitDifference:
-    """Compares two models in evaluation mode on 128 tokens of their vocabulary."""
+def probe_logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """What a model computes in evaluation mode of 128 tokens of its vocabulary."""
     tokens = torch.arange(0, 128 * 97, 97)[None] % model.config.vocab_size
-    logits, others = (each.eval()(tokens.to(each.device)).logits for each in (model, other))
-    return LogitDifference((logits - others).abs().max().item(), logits.abs().max().item())
+    return model.eval()(tokens.to(model.device)).logits
+
+
+def card_details(settings: JobSettings) -> dict[str, Any]:
+    """What the card of a trained model says of where it comes from, as arguments of [`model_cards.write`]."""
+    is_on_hub = settings.data is not None and not Path(settings.data).exists()
+    return {"made_from": settings.model, "dataset": settings.data if is_on_hub else None}
 
 
 def save_and_reload(
-    model: CoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> tuple[CoeForCausalLM, PreTrainedTokenizerBase]:
-    """Saves model and tokenizer, loads them from disk, and checks that the model computes the same logits.
+    settings: JobSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Saves model and tokenizer as `model/`, loads them from disk, and checks that the model computes the same logits.
 
     Returns:
         The loaded model, on the device of the given one, and the loaded tokenizer.
     """
+    folder = settings.output_dir / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if isinstance(model.config, CoeConfig):
+        model_cards.write(model, folder, name=folder.name, **card_details(settings))
     loaded = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
-    difference = logit_difference(model, loaded)
+    difference = LogitDifference.between(probe_logits(model), probe_logits(loaded))
     if not difference.is_rounding:
         raise RuntimeError(
             f"The model loaded from {folder} differs from the trained one by {difference.difference} in a logit; the "
@@ -260,6 +304,9 @@ def train(
     stopwatch = Stopwatch()
     arguments = training_arguments(settings, evaluate_first=checkpoint is None)
     trainer = make_trainer(model, arguments, data, [stopwatch, CpuKernelsCallback()])
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -277,7 +324,7 @@ def whole_model(trainer: Trainer) -> PreTrainedModel | PeftModel:
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     sharded = trainer.model
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    model = CoeForCausalLM(copy.deepcopy(sharded.config))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(sharded.config), dtype=sharded.dtype)
     if not isinstance(sharded, PreTrainedModel):
         from peft import get_peft_model  # which an adapter needs, and pre-training does not
 

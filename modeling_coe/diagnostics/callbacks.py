@@ -33,7 +33,8 @@ class RoutingCallback(TrainerCallback):
     iteration 1, `reuse` (the share of its choices that the iteration before had made), each as the mean over layers,
     and as `..._worst` that of the layer with the worst value. [`LayerRouting`] defines them. The number of keys does
     not depend on the number of layers: at most 10 for each of the first `max_iterations` iterations. `aux_loss` is
-    logged too where the model returns one and nobody else logs it.
+    logged too where the model returns one and nobody else logs it. What can say nothing is left out: load and re-use
+    where every iteration takes all experts, `aux_loss` and warnings where a token uses all experts of a layer.
 
     Evaluation, other passes without gradients, padding and recomputation under gradient checkpointing do not count;
     ranks are added up. Once each, it warns when an expert is never chosen and when the load of a router collapses,
@@ -64,7 +65,8 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.on_train_end(args, state, control)  # an earlier run may have broken off
-        self.statistics = RoutingStatistics(find_coe_model(model).config)
+        config = find_coe_model(model).config
+        self.statistics, self.is_balanced = RoutingStatistics(config), config.uses_all_experts
         self.aux_loss_sum, self.num_forwards = torch.zeros(()), 0
         self.hooks = watch_routers(model, self.statistics.update, training_only=True)
         self.hooks.enter_context(model.register_forward_hook(self._add_aux_loss))
@@ -83,7 +85,7 @@ class RoutingCallback(TrainerCallback):
         sum_over_ranks([aux_loss])
         if self.statistics.tokens:
             metrics = self._metrics()
-            if aux_loss[1] and "aux_loss" not in logs:
+            if aux_loss[1] and not self.is_balanced and "aux_loss" not in logs:
                 metrics["aux_loss"] = float(aux_loss[0] / aux_loss[1])
             logs.update(metrics)
             # `Trainer` made its entry before it asked the callbacks.
@@ -105,6 +107,8 @@ class RoutingCallback(TrainerCallback):
             for name, worst in LOGGED.items():
                 if name == "reuse" and t == 0:
                     continue
+                if name != "margin" and not self.statistics.has_load:
+                    continue
                 values = torch.stack([getattr(layer, name)[t - (name == "reuse")] for layer in reached])
                 metrics[f"routing/iter{t}/{name}"] = values.mean().item()
                 metrics[f"routing/iter{t}/{name}_worst"] = getattr(values, worst)().item()
@@ -113,6 +117,8 @@ class RoutingCallback(TrainerCallback):
     def _warn(self) -> None:
         if not self.statistics.tokens:
             self._warn_once("nothing", NOTHING_RECORDED)
+        if self.is_balanced:
+            return
         remedy = "Raise `aux_loss_alpha` or lower the learning rate; this is not repeated."
         for layer_idx, layer in self.statistics.layers.items():
             expected = layer.selections.cpu().double().mean(dim=-1)

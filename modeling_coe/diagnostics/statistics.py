@@ -15,8 +15,11 @@ from ..balancing import router_scores
 from ..configuration_coe import CoeConfig
 
 
-# Numbers that `LayerRouting` has for every iteration.
-ITERATION_STATISTICS = ("max_vio", "load_entropy", "dead_share", "margin", "router_entropy")
+# Numbers that `LayerRouting` has for every iteration: of the load, and of the scores.
+LOAD_STATISTICS = ("max_vio", "load_entropy", "dead_share")
+ITERATION_STATISTICS = (*LOAD_STATISTICS, "margin", "router_entropy")
+# A table of more rows than this shows means over layers and the worst rows.
+MOST_ROWS, WORST_ROWS = 12, 5
 
 
 class LayerRouting:
@@ -157,7 +160,9 @@ class RoutingStatistics:
     """Statistics of all routers of a model over a stream of forwards, in memory that does not grow.
 
     [`record_routing`] feeds it, or `update` with what a forward returned. `layers` maps the index of each sparse layer
-    to its [`LayerRouting`], which defines the statistics; `print` shows them as a table.
+    to its [`LayerRouting`], which defines the statistics; `print` shows them as a table, of many routers as means over
+    layers with the worst routers. Load and re-use are not shown where every iteration takes all experts (`has_load` is
+    false): they are what they must be.
 
     Args:
         config (`CoeConfig`): Tells the sparse layers, the iterations of each, the experts and the scoring function.
@@ -170,6 +175,7 @@ class RoutingStatistics:
         if not config.sparse_layers:
             raise ValueError("The model has no sparse layers, so there is no routing to record.")
         self.num_experts, self.scoring_func = config.n_routed_experts, config.scoring_func
+        self.has_load = any(config.experts_per_iteration(i) < self.num_experts for i in config.sparse_layers)
         self.layers = {
             layer_idx: LayerRouting(config.num_iterations(layer_idx), self.num_experts)
             for layer_idx in config.sparse_layers
@@ -272,18 +278,36 @@ class RoutingStatistics:
         return {"tokens": self.tokens, "experts": self.num_experts, "layers": layers}
 
     def __str__(self) -> str:
-        columns = (*ITERATION_STATISTICS, "reuse")
+        columns = (*ITERATION_STATISTICS, "reuse") if self.has_load else ("margin", "router_entropy")
+        rows = []  # layer, iteration, values by column
+        for layer in self.summary()["layers"]:
+            previous = [{}, *layer["transitions"]]  # what an iteration re-uses is in the transition to it
+            for row, transition in zip(layer["iterations"], previous, strict=True):
+                rows.append((layer["layer"], row["iteration"], [(row | transition).get(name) for name in columns]))
         lines = [
             f"{self.tokens:,} tokens, {self.num_experts} experts",
             f"{'layer':>5}{'iteration':>11}" + "".join(f"{name:>16}" for name in columns),
         ]
-        for layer in self.summary()["layers"]:
-            previous = [{}, *layer["transitions"]]  # what an iteration re-uses is in the transition to it
-            for row, transition in zip(layer["iterations"], previous, strict=True):
-                values = [(row | transition).get(name) for name in columns]
-                shown = (f"{'-' if value is None else format(value, '.4f'):>16}" for value in values)
-                lines.append(f"{layer['layer']:>5}{row['iteration']:>11}" + "".join(shown))
-        return "\n".join(lines)
+        if len(rows) > MOST_ROWS:
+            for t in range(max(iteration for _, iteration, _ in rows) + 1):
+                values = zip(*(row for _, iteration, row in rows if iteration == t), strict=True)
+                lines.append(_table_row("mean", t, [_mean(column) for column in values]))
+            # The highest `max_vio`, or the lowest margin.
+            worst = sorted(rows, key=lambda row: row[2][0] or 0.0, reverse=self.has_load)[:WORST_ROWS]
+            kind = "highest" if self.has_load else "lowest"
+            lines.append(f"of {len(rows)} routers those with the {kind} {columns[0]}")
+            rows = worst
+        return "\n".join([*lines, *(_table_row(*row) for row in rows)])
+
+
+def _table_row(layer: int | str, iteration: int, values: list[float | None]) -> str:
+    shown = (f"{'-' if value is None else format(value, '.4f'):>16}" for value in values)
+    return f"{layer:>5}{iteration:>11}" + "".join(shown)
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _rows(layer: LayerRouting, *names: str) -> list[dict[str, Any]]:
