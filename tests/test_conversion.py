@@ -405,7 +405,9 @@ def test_round_trip(sources, chains, tmp_path, name, options):
     assert type(one) is type(other)
     # Fields that nothing reads, in which the source may have been silent.
     unread = {"aux_loss_alpha", "seq_aux", "scoring_func", "moe_layer_freq", "max_window_layers"}
-    unread |= {"num_nextn_predict_layers", "rotary_dim", "_name_or_path"} | set(FAMILIES[one.model_type].required)
+    unread |= {"num_nextn_predict_layers", "rotary_dim", "partial_rotary_factor", "_name_or_path"} | set(
+        FAMILIES[one.model_type].required
+    )
     unread |= {"head_dim"} if getattr(one, "head_dim", None) is None else set()
     unread |= {"norm_topk_prob"} if one.model_type == "deepseek_v2" else {"topk_method"}
     one, other = ({k: v for k, v in config.to_dict().items() if k not in unread} for config in (one, other))

@@ -32,6 +32,6 @@ FAMILY = Family(
         ]
     },
     required={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_parameters.partial_rotary_factor": 1.0},
-    implied=("head_dim", "qk_head_dim", "num_nextn_predict_layers"),
+    implied=("head_dim", "qk_head_dim", "num_nextn_predict_layers", "partial_rotary_factor"),
     dropped_keys={r"^model\.layers\.(\d+)\.": "predicts further tokens (MTP)"},
 )

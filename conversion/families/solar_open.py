@@ -21,4 +21,5 @@ FAMILY = Family(
     computed={"intermediate_size": lambda config: config.moe_intermediate_size},  # there are no dense layers
     # Its output projection has no bias in any case, Llama's has one where the others have.
     required={"attention_bias": False, "rope_parameters.partial_rotary_factor": 1.0},
+    implied=("partial_rotary_factor",),  # in `rope_parameters`
 )
