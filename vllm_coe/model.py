@@ -187,8 +187,9 @@ class CoeForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
         def named() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                names.append(module_name(name))
-                yield names[-1], weight
+                if weight.numel():  # the official code stores shared experts of width 0 where there are none
+                    names.append(module_name(name))
+                    yield names[-1], weight
 
         loaded = AutoWeightsLoader(self).load_weights(named(), mapper=self._weights_mapper())
         check_chain_keys([*names, *self._names_elsewhere(names)], self.config)
