@@ -1,6 +1,8 @@
 """Greedy tokens of vLLM, batched, against those of transformers, one prompt at a time, in float32."""
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from .helpers import (
     NEW_TOKENS,
@@ -179,6 +181,22 @@ def test_tokens_do_not_depend_on_chunks_prefixes_and_preemption(model, tmp_path)
     assert_same_generations(first, expected)
     assert_same_generations(again, expected)
     assert all(len(tokens) == NEW_TOKENS for tokens, _ in first)
+
+
+def test_shared_experts_without_width_are_none(tmp_path):
+    """The official code stores them where a configuration says 0."""
+    model = build_model(n_shared_experts=0)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    shapes = {"gate_proj": (0, model.config.hidden_size), "down_proj": (model.config.hidden_size, 0)}
+    tensors = load_file(file)
+    for layer in model.config.sparse_layers:
+        for projection, shape in (shapes | {"up_proj": shapes["gate_proj"]}).items():
+            tensors[f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"] = torch.empty(shape)
+    save_file(tensors, file, {"format": "pt"})
+    prompts = build_prompts()
+    with engine(tmp_path) as llm:
+        assert_same_generations(serve(llm, prompts), generate(model, prompts))
 
 
 def test_compiled_models_generate_the_same(tmp_path):
