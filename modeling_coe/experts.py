@@ -16,8 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
+from transformers.utils import logging
 
-from .grouped_experts import SMALL_BYTES, ExpertWeights, compute_experts
+from .adapters import PARAM_WRAPPER, PROJECTIONS, adapted_experts_forward, is_active, low_rank_factors, obstacle
+from .grouped_experts import SMALL_BYTES, ExpertWeights, Projection, compute_experts
+
+
+logger = logging.get_logger(__name__)
 
 
 def grouped_mm_experts_forward(
@@ -36,17 +41,23 @@ def grouped_mm_experts_forward(
     weights = self.shared_weights
     if weights is None:
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        gate_up, down = (
+            Projection(weight, *self.adapters.get(name, ()))
+            for name, weight in zip(PROJECTIONS, (gate_up_proj, down_proj), strict=True)
+        )
         if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
+            if self.adapters:
+                return adapted_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down)
             if not torch.compiler.is_compiling() and type(gate_up_proj).__module__.startswith("torchao."):
                 # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
                 return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        if _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
+        if not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        weights = ExpertWeights(gate_up_proj, down_proj)
+        weights = ExpertWeights(gate_up, down)
         if self.is_sharing_weights and torch.is_grad_enabled():
             self.shared_weights = weights
-    tokens = hidden_states.to(weights.gate_up_proj.dtype)
+    tokens = hidden_states.to(weights.dtype)
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
 
 
@@ -99,23 +110,20 @@ def check_adaptable(weight: torch.Tensor) -> None:
         )
 
 
-# What `sharing_weights` uses of PEFT's `ParamWrapper`: all of it or, where a name is missing, nothing.
-_PARAM_WRAPPER = ("_activate_lora", "merged_adapters", "merged", "disable_adapters", "active_adapters", "base_layer")
-
-
 @contextmanager
 def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
 
-    PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here that
-    happens once for all calls, with gradients and without.
+    PEFT wraps experts with adapters, one wrapper a parameter, and adds these to the weights in every call. Here rows
+    are multiplied by the adapters instead (see `adapters.py`). Where that cannot be, they are added once for all
+    calls, with gradients and without.
 
     Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter), where a release
     of PEFT has other names for what is used here, or where the weights come and go with every call: experts that are a
     unit of FSDP or of ZeRO-3 themselves.
     """
     wrappers = []
-    while all(hasattr(experts, name) for name in _PARAM_WRAPPER):
+    while all(hasattr(experts, name) for name in PARAM_WRAPPER):
         wrappers.append(experts)
         experts = experts.base_layer
     if (
@@ -127,16 +135,23 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
     ):
         yield
         return
+    if wrappers:
+        check_adaptable(experts.gate_up_proj)
+    active = [wrapper for wrapper in wrappers if is_active(wrapper)]
+    why_not = obstacle(experts, active) if active else None
     with ExitStack() as stack:
-        for wrapper in wrappers:
-            check_adaptable(experts.gate_up_proj)
-            if not wrapper.merged and not wrapper.disable_adapters:
+        if why_not is not None:
+            logger.warning_once(
+                f"Adapters are added to all weights of their experts in every pass, since {why_not}: a step takes time "
+                "and memory in proportion to the weights."
+            )
+            for wrapper in active:
                 stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
-                # They are in the weights meanwhile, and its own forward must not add them again.
-                stack.callback(setattr, wrapper, "merged_adapters", wrapper.merged_adapters)
-                wrapper.merged_adapters = wrapper.active_adapters
+        for wrapper in active:
+            # They are applied here, and its own forward must not add them again.
+            stack.callback(setattr, wrapper, "merged_adapters", wrapper.merged_adapters)
+            wrapper.merged_adapters = wrapper.active_adapters
+        stack.callback(experts.stop_sharing)
         experts.is_sharing_weights = True
-        try:
-            yield
-        finally:
-            experts.is_sharing_weights, experts.shared_weights = False, None
+        experts.adapters = low_rank_factors(experts, active) if why_not is None else {}
+        yield

@@ -4,9 +4,10 @@
 Rows (one for each token and chosen expert) are sorted by expert, and every expert multiplies its rows in one go,
 straight from the stored weights, by the kernel that `cpu_kernels.py` chooses. What the C calls of a layer share is
 [`ExpertWeights`]: their weight gradients are computed together, after the backward of all of them, so that a chain
-holds one gradient per weight where separate calls would hold, and add up, C of them.
+holds one gradient per weight where separate calls would hold, and add up, C of them. Low-rank adapters multiply
+the rows too (`W x + b (a x)`, see [`Projection`]), so that adapted weights and their gradients are never made.
 
-Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R rows.
+Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R rows, r rank of an adapter.
 """
 
 import functools
@@ -45,14 +46,15 @@ def compute_experts(
         `torch.Tensor`: (T, H), float32 or the wider dtype of the routing weights.
     """
     if torch.is_grad_enabled():
-        return _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, top_k_index, weights, act_fn)
+        factors = *weights.gate_up[1:], *weights.down[1:]
+        return _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, *factors, top_k_index, weights, act_fn)
     compute = _one_token if len(tokens) == 1 else _without_gradient
-    if _are_all(top_k_index, len(weights.gate_up_proj)):
+    if not weights.are_adapted and _are_all(top_k_index, weights.num_experts):
         compute = _all_experts
     return compute(tokens, top_k_index, top_k_weights, weights, act_fn)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The rows, sorted by expert: one for each token and expert chosen for it."""
 
     choice: torch.Tensor  # (R,) which of the T * K choices a row is
@@ -61,7 +63,7 @@ class _Rows(NamedTuple):
     counts: torch.Tensor  # (N,) rows of each expert
 
     @classmethod
-    def sort(cls, top_k_index: torch.Tensor, num_experts: int) -> "_Rows":
+    def sort(cls, top_k_index: torch.Tensor, num_experts: int) -> "Rows":
         sorted_index, choice = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(sorted_index, minlength=num_experts)
         slot = torch.empty_like(choice)
@@ -91,6 +93,55 @@ def grouped_product(*args) -> torch.Tensor:
 def grouped_outer_product(*args) -> torch.Tensor:
     """[`cpu_kernels.grouped_outer_product`]."""
     return _kernels()[1](*args)
+
+
+class Projection(NamedTuple):
+    """The matrices of one projection: `weight + b @ a` for each expert, or `weight` where no adapter is active.
+
+    The sum is never made: rows are multiplied by what it is made of.
+    """
+
+    weight: torch.Tensor  # (N, out, in)
+    a: torch.Tensor | None = None  # (N, r, in)
+    b: torch.Tensor | None = None  # (N, out, r), an adapter's scaling in it
+
+    @property
+    def mT(self) -> "Projection":
+        """The transposed matrices."""
+        if self.a is None:
+            return Projection(self.weight.mT)
+        return Projection(self.weight.mT, self.b.mT, self.a.mT)
+
+    def of(self, experts: slice) -> "Projection":
+        """The matrices of a range of experts."""
+        if self.a is None:
+            return Projection(self.weight[experts])
+        return Projection(self.weight[experts], self.a[experts], self.b[experts])
+
+    def multiply(self, inputs: torch.Tensor, counts: torch.Tensor, load: float) -> torch.Tensor:
+        """Rows (R, in) times the matrices of their experts, (R, out)."""
+        output = grouped_product(inputs, self.weight.mT, counts, load)
+        if self.a is not None:
+            reduced = grouped_product(inputs, self.a.mT, counts, load)
+            output += grouped_product(reduced, self.b.mT, counts, load)
+        return output
+
+    def multiply_row(self, row: torch.Tensor, expert: int, out: torch.Tensor) -> None:
+        """Writes a row (in) times the matrix of one expert to `out` (out)."""
+        out.addmv_(self.weight[expert], row, beta=0)  # what is multiplied by `beta=0` is not read
+        if self.a is not None:
+            out.addmv_(self.b[expert], torch.mv(self.a[expert], row))
+
+    def adapter_gradient(
+        self, inputs: torch.Tensor, grad_outputs: torch.Tensor, counts: torch.Tensor, load: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of `a` and `b` from those of the rows that [`multiply`] returned; zeros for an expert without."""
+        grad_reduced = grouped_product(grad_outputs, self.b, counts, load)
+        reduced = grouped_product(inputs, self.a.mT, counts, load)
+        return (
+            grouped_outer_product(grad_reduced, inputs, counts, load),
+            grouped_outer_product(grad_outputs, reduced, counts, load),
+        )
 
 
 @functools.cache
@@ -126,28 +177,40 @@ class _GroupedExperts(torch.autograd.Function):
         tokens: torch.Tensor,
         top_k_weights: torch.Tensor,
         anchor: torch.Tensor | None,
+        gate_up_a: torch.Tensor | None,
+        gate_up_b: torch.Tensor | None,
+        down_a: torch.Tensor | None,
+        down_b: torch.Tensor | None,
         top_k_index: torch.Tensor,
         weights: "ExpertWeights",
         act_fn: Callable,
     ) -> torch.Tensor:
-        rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
-        gate_up, outputs = _mlp(tokens, rows, weights, act_fn)
+        rows = Rows.sort(top_k_index, weights.num_experts)
+        blocks, outputs = _mlp(tokens, rows, weights, act_fn)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tokens, top_k_weights, weights.gate_up_proj, weights.down_proj, *rows, *gate_up)
+            ctx.save_for_backward(tokens, top_k_weights, *weights.gate_up, *weights.down, *rows, *blocks)
             ctx.gradients, ctx.act_fn = weights.gradients, act_fn
-        return _sum_rows(outputs, rows.slot, top_k_weights)
+        return sum_rows(outputs, rows.slot, top_k_weights)
 
     @staticmethod
     @_first_order
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens, top_k_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
-        rows, blocks = _Rows(*saved[: len(_Rows._fields)]), saved[len(_Rows._fields) :]
+        tokens, top_k_weights, *saved = ctx.saved_tensors
+        gate_up_proj, down_proj = Projection(*saved[:3]), Projection(*saved[3:6])
+        rows, blocks = Rows(*saved[6 : 6 + len(Rows._fields)]), saved[6 + len(Rows._fields) :]
+        is_gate_up_adapter_trained, is_down_adapter_trained = (
+            any(ctx.needs_input_grad[3:5]),
+            any(ctx.needs_input_grad[5:7]),
+        )
+        grad_gate_up_factors, grad_down_factors = [], []  # of `a` and `b`, of each block
+
         grad_output = grad_output.to(tokens.dtype)
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]  # (R, 1)
         grad_row_weights = torch.empty_like(row_weights)
-        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.shape[1])  # (R, 2I)
-        inner = tokens.new_empty(len(row_weights), down_proj.shape[2])  # (R, I), the input of the down projection
-        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj), blocks, strict=True):
+        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.weight.shape[1])  # (R, 2I)
+        inner = tokens.new_empty(len(row_weights), down_proj.weight.shape[2])  # (R, I), input of the down projection
+        for (experts, block), gate_up in zip(rows.blocks(gate_up_proj.weight), blocks, strict=True):
+            counts = rows.counts[experts]
             gate, up = gate_up.chunk(2, dim=-1)
             with torch.enable_grad():
                 gate = gate.detach().contiguous().requires_grad_()
@@ -156,42 +219,60 @@ class _GroupedExperts(torch.autograd.Function):
 
             # With w the weight of a row, its share of the output is w * down(inner).
             inputs = grad_output.index_select(0, rows.token[block])  # (rows, H)
-            grad_inner = grouped_product(inputs, down_proj[experts], rows.counts[experts], rows.load)
+            down = down_proj.of(experts)
+            grad_inner = down.mT.multiply(inputs, counts, rows.load)
             if ctx.needs_input_grad[1]:
                 factors = (tensor.to(row_weights.dtype) for tensor in (grad_inner, inner[block]))
                 grad_row_weights[block, 0] = torch.linalg.vecdot(*factors)
             block_weights = row_weights[block].to(inner.dtype)
             grad_inner.mul_(block_weights)
             inner[block].mul_(block_weights)
+            if is_down_adapter_trained:
+                grad_down_factors.append(down.adapter_gradient(inner[block], inputs, counts, rows.load))
 
             grad_gate, grad_up = grad_gate_up[block].chunk(2, dim=-1)
             torch.mul(grad_inner, act.detach(), out=grad_up)
             grad_gate.copy_(torch.autograd.grad(act, gate, grad_inner.mul_(up))[0])
+            if is_gate_up_adapter_trained:
+                inputs = tokens.index_select(0, rows.token[block])
+                grad_gate_up_factors.append(
+                    gate_up_proj.of(experts).adapter_gradient(inputs, grad_gate_up[block], counts, rows.load)
+                )
         if ctx.needs_input_grad[2]:
             ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
         grad_tokens = grad_top_k_weights = None
         if ctx.needs_input_grad[0]:
-            grad_rows = grouped_product(grad_gate_up, gate_up_proj, rows.counts, rows.load)  # (R, H)
-            grad_tokens = _sum_rows(grad_rows, rows.slot).to(tokens.dtype)
+            grad_rows = gate_up_proj.mT.multiply(grad_gate_up, rows.counts, rows.load)  # (R, H)
+            grad_tokens = sum_rows(grad_rows, rows.slot).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
             grad_top_k_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format)
             grad_top_k_weights.view(-1)[rows.choice] = grad_row_weights[:, 0]
-        return grad_tokens, grad_top_k_weights, None, None, None, None
+        grad_factors = *_join(grad_gate_up_factors), *_join(grad_down_factors)
+        return grad_tokens, grad_top_k_weights, None, *grad_factors, None, None, None
+
+
+def _join(
+    blocks: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """The gradients of both factors of an adapter from those of each block's experts, if there are any."""
+    if not blocks:
+        return None, None
+    grad_a, grad_b = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return grad_a, grad_b
 
 
 def _mlp(
-    tokens: torch.Tensor, rows: _Rows, weights: "ExpertWeights", act_fn: Callable
+    tokens: torch.Tensor, rows: Rows, weights: "ExpertWeights", act_fn: Callable
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gate and up (rows, 2I) of each block, and the output (R, H) of each row's expert."""
     gate_up, outputs = [], []
-    for experts, block in rows.blocks(weights.gate_up_proj):
+    for experts, block in rows.blocks(weights.gate_up.weight):
         inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
-        gate_up.append(grouped_product(inputs, weights.gate_up_proj[experts].mT, counts, rows.load))
+        gate_up.append(weights.gate_up.of(experts).multiply(inputs, counts, rows.load))
         gate, up = gate_up[-1].chunk(2, dim=-1)
         # Rows with gaps between them would cost an activation more than this copy.
-        outputs.append(
-            grouped_product(act_fn(gate.contiguous()) * up, weights.down_proj[experts].mT, counts, rows.load)
-        )
+        inner = act_fn(gate.contiguous()) * up
+        outputs.append(weights.down.of(experts).multiply(inner, counts, rows.load))
     return gate_up, outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -202,11 +283,11 @@ def _without_gradient(
     weights: "ExpertWeights",
     act_fn: Callable,
 ) -> torch.Tensor:
-    rows = _Rows.sort(top_k_index, len(weights.gate_up_proj))
-    return _sum_rows(_mlp(tokens, rows, weights, act_fn)[1], rows.slot, top_k_weights)
+    rows = Rows.sort(top_k_index, weights.num_experts)
+    return sum_rows(_mlp(tokens, rows, weights, act_fn)[1], rows.slot, top_k_weights)
 
 
-def _sum_rows(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def sum_rows(values: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Sums the rows (R, H) of each token's choices, `slot` (T, K), with their `weights` (T, K): (T, H), in float32 or
     the wider dtype of the two."""
     dtype = torch.promote_types(values.dtype, torch.float32)
@@ -229,20 +310,18 @@ def _one_token(
     act_fn: Callable,
 ) -> torch.Tensor:
     """A single token (1, H) without gradient: reads the weights of its experts once, and nothing else."""
-    gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
     experts = top_k_index[0].tolist()
-    if max(experts) >= len(gate_up_proj):
-        here = [slot for slot, expert in enumerate(experts) if expert < len(gate_up_proj)]
+    if max(experts) >= weights.num_experts:
+        here = [slot for slot, expert in enumerate(experts) if expert < weights.num_experts]
         experts, top_k_weights = [experts[slot] for slot in here], top_k_weights[:, here]
-    # What is multiplied by `beta=0` is not read.
-    gate_up = token.new_empty(len(experts), gate_up_proj.shape[1])
+    gate_up = token.new_empty(len(experts), weights.gate_up.weight.shape[1])
     for expert, row in zip(experts, gate_up.unbind(), strict=True):
-        row.addmv_(gate_up_proj[expert], token[0], beta=0)
+        weights.gate_up.multiply_row(token[0], expert, out=row)
     gate, up = gate_up.chunk(2, dim=-1)
     inner = act_fn(gate) * up
     outputs = token.new_empty(len(experts), token.shape[1])
     for expert, row, out in zip(experts, inner.unbind(), outputs.unbind(), strict=True):
-        out.addmv_(down_proj[expert], row, beta=0)
+        weights.down.multiply_row(row, expert, out)
     return (outputs * top_k_weights.mT).sum(dim=0, keepdim=True)
 
 
@@ -262,7 +341,7 @@ def _all_experts(
     act_fn: Callable,
 ) -> torch.Tensor:
     """Tokens that use every expert, without gradient: all matrices are multiplied as one, and no rows are gathered."""
-    gate_up_proj, down_proj = weights.gate_up_proj, weights.down_proj
+    gate_up_proj, down_proj = weights.gate_up.weight, weights.down.weight
     with maybe_autocast("cpu", enabled=False):
         matrix = gate_up_proj.flatten(0, 1)  # (2NI, H)
         gate_up = torch.mv(matrix, tokens[0]) if len(tokens) == 1 else F.linear(tokens, matrix)
@@ -276,7 +355,7 @@ def _all_experts(
 class _Factors(NamedTuple):
     """What one call leaves for the gradient of a weight: the two sides of an outer product for each of its rows."""
 
-    rows: _Rows
+    rows: Rows
     by_row: torch.Tensor  # (R, width)
     by_token: torch.Tensor  # (T, width)
 
@@ -314,15 +393,27 @@ class ExpertWeights:
     """The expert weights of one layer in one forward pass.
 
     `anchor` is an empty tensor that depends on the weights. Every call takes it, so that autograd reaches the weights
-    once, after the backward of all calls.
+    once, after the backward of all calls. The gradients of adapters, which are small, come from each call.
     """
 
-    def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+    def __init__(self, gate_up: Projection, down: Projection):
+        self.gate_up, self.down = gate_up, down
         self.gradients = _PendingGradients()
         self.anchor = None
         if torch.is_grad_enabled():
-            self.anchor = _WeightGradients.apply(gate_up_proj, down_proj, self.gradients)
+            self.anchor = _WeightGradients.apply(gate_up.weight, down.weight, self.gradients)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate_up.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gate_up.weight.dtype
+
+    @property
+    def are_adapted(self) -> bool:
+        return self.gate_up.a is not None or self.down.a is not None
 
 
 class _WeightGradients(torch.autograd.Function):

@@ -182,9 +182,12 @@ class CoeExperts(DeepseekV2Experts):
 
     def __init__(self, config: CoeConfig):
         super().__init__(config)
-        # Set while the iterations of a chain share what they can, see `sharing_weights`.
-        self.is_sharing_weights, self.shared_weights = False, None
+        self.stop_sharing()
         self.register_load_state_dict_pre_hook(fuse_expert_weights)
+
+    def stop_sharing(self) -> None:
+        """Forgets what the iterations of a chain share while they run, see `sharing_weights`."""
+        self.is_sharing_weights, self.shared_weights, self.adapters = False, None, {}
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
