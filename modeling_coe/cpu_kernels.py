@@ -80,6 +80,24 @@ def _grouped_product(kernel: str, inputs: torch.Tensor, weight: torch.Tensor, co
     return output
 
 
+def add_grouped_product(
+    output: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """Adds rows times the matrix of their expert to `output`, in place: the products of low-rank matrices, which are
+    so small that another pass over the output would cost as much.
+
+    Args:
+        output (`torch.Tensor`): (R, out), contiguous.
+        inputs (`torch.Tensor`): (R, in), in the dtype of `output`, contiguous.
+        weight (`torch.Tensor`): (N, in, out), in the dtype of `output`.
+        counts (`torch.Tensor`): (N,) rows of each expert, int64.
+    """
+    sizes = counts.tolist()
+    for out, rows, matrix in zip(output.split(sizes), inputs.split(sizes), weight.unbind(), strict=True):
+        if len(rows):
+            out.addmm_(rows, matrix)
+
+
 def grouped_outer_product(
     left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor, load: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -142,7 +142,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if why_not is not None:
             logger.warning_once(
-                f"Adapters are added to all weights of their experts in every pass, since {why_not}: a step takes time "
+                f"Adapters are added to all weights of their experts in every pass, since {why_not}: this takes time "
                 "and memory in proportion to the weights."
             )
             for wrapper in active:

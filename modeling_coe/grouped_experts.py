@@ -95,6 +95,11 @@ def grouped_outer_product(*args) -> torch.Tensor:
     return _kernels()[1](*args)
 
 
+def add_grouped_product(*args) -> None:
+    """[`cpu_kernels.add_grouped_product`]."""
+    _kernels()[2](*args)
+
+
 class Projection(NamedTuple):
     """The matrices of one projection: `weight + b @ a` for each expert, or `weight` where no adapter is active.
 
@@ -123,7 +128,7 @@ class Projection(NamedTuple):
         output = grouped_product(inputs, self.weight.mT, counts, load)
         if self.a is not None:
             reduced = grouped_product(inputs, self.a.mT, counts, load)
-            output += grouped_product(reduced, self.b.mT, counts, load)
+            add_grouped_product(output, reduced, self.b.mT, counts)
         return output
 
     def multiply_row(self, row: torch.Tensor, expert: int, out: torch.Tensor) -> None:
@@ -145,11 +150,11 @@ class Projection(NamedTuple):
 
 
 @functools.cache
-def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Callable[..., None]]:
     # Imported by the first call, so that `python -m modeling_coe.cpu_kernels` runs a module not imported before.
-    from .cpu_kernels import grouped_outer_product, grouped_product
+    from .cpu_kernels import add_grouped_product, grouped_outer_product, grouped_product
 
-    return grouped_product, grouped_outer_product
+    return grouped_product, grouped_outer_product, add_grouped_product
 
 
 def _first_order(backward: Callable) -> Callable:
