@@ -8,14 +8,16 @@ Both models are in training mode with their default configuration: Chain-of-Expe
 to the cross-entropy, and the native model has none to add, so the time of that loss is part of our figures.
 """
 
+import functools
 import gc
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +46,8 @@ from benchmarks.measure import (
 from modeling_coe import CoeConfig
 from modeling_coe.command_line import command, setting
 
+
+Measured = TypeVar("Measured")
 
 TASKS = ("train_step", "forward_backward", "peak_memory")
 
@@ -104,8 +108,12 @@ def status_bytes(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field!r}.")
 
 
-def peak_memory(settings: BenchmarkSettings, implementation: str, native: bool) -> tuple[int, int]:
+def peak_memory(settings: BenchmarkSettings, new_model: Callable[[str], PreTrainedModel]) -> tuple[int, int]:
     """Bytes at the peak of a training step that is not the first, to be called in a fresh process.
+
+    Args:
+        settings (`BenchmarkSettings`): Of the run.
+        new_model (`Callable`): Makes a model of a size, to be trained.
 
     Returns:
         What the peak is above the memory before the model was built (weights, gradients, moments, activations) and
@@ -113,11 +121,6 @@ def peak_memory(settings: BenchmarkSettings, implementation: str, native: bool) 
     """
     torch.set_num_threads(settings.threads)
     cuda = settings.device.startswith("cuda")
-
-    def new_model(size: str) -> PreTrainedModel:
-        model = build(native_config(size) if native else coe_config(size), settings).train()
-        model.set_experts_implementation(implementation)
-        return model
 
     def resident() -> int:
         gc.collect()
@@ -143,21 +146,40 @@ def peak_memory(settings: BenchmarkSettings, implementation: str, native: bool) 
     return peak - before, peak - built
 
 
+def in_fresh_process(function: Callable[..., Measured], *args: Any) -> Measured:
+    """What a function returns in a process of its own, whose resident memory is what is in use: malloc gives every
+    freed block above 64 KiB back at once."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when a process starts
+    gc.collect()
+    torch.cuda.empty_cache()  # the processes share the device with this one
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def memory_obstacle(settings: BenchmarkSettings) -> str | None:
+    """Why [`peak_memory`] cannot be measured here, or `None`."""
+    if settings.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        return "on the CPU it needs Linux's /proc/self/clear_refs"
+    return None
+
+
+def compared_model(settings: BenchmarkSettings, implementation: str, native: bool, size: str) -> PreTrainedModel:
+    """A chain or the native model of a size, in training mode."""
+    model = build(native_config(size) if native else coe_config(size), settings).train()
+    model.set_experts_implementation(implementation)
+    return model
+
+
 def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -> None:
     """Compares peaks, with a fresh process for every sample, ours and native's in turn."""
     settings, config = bench.settings, coe_config(bench.settings.size)
-    if settings.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        bench.skipped["peak_memory"] = "on the CPU it needs Linux's /proc/self/clear_refs"
+    if (obstacle := memory_obstacle(settings)) is not None:
+        bench.skipped["peak_memory"] = obstacle
         return
-    # With this every freed block above 64 KiB goes back at once: resident memory is what is in use, without what
-    # malloc keeps for later. Read when a process starts.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    gc.collect()
-    torch.cuda.empty_cache()  # the processes share the device with this one
 
     def sample(implementation: str, native: bool) -> tuple[int, int]:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(peak_memory, settings, implementation, native).result()
+        new_model = functools.partial(compared_model, settings, implementation, native)
+        return in_fresh_process(peak_memory, settings, new_model)
 
     tokens = math.prod(SIZES[settings.size].train)
     for name in bench.implementations:
