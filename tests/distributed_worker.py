@@ -83,8 +83,8 @@ def main() -> None:
     for name, tensor in single.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor), name
     assert {file.stem for file in args.save.glob("*.py")} == {
-        *("modeling_coe", "configuration_coe", "attention", "backbones", "balancing", "checkpoint", "experts"),
-        *("cpu_kernels", "grouped_experts", "quantization", "releases", "staging", "state_dict"),
+        *("modeling_coe", "configuration_coe", "adapters", "attention", "backbones", "balancing", "checkpoint"),
+        *("cpu_kernels", "experts", "grouped_experts", "quantization", "releases", "staging", "state_dict"),
     }
     assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
     if dist.get_rank() == 0:

@@ -286,6 +286,21 @@ def test_dense_sources(tmp_path, capsys):
     assert results["routers"]["zero"]["dead"] == [0.75] * 4
 
 
+def test_adapters(tmp_path, capsys):
+    """Every way of training has its figures, and full fine-tuning takes as long as itself."""
+    pytest.importorskip("peft")
+    module = importlib.import_module("benchmarks.adapters")
+    results = module.main(["--size", "tiny", "--quick", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "adapters-tiny.json").read_text())["rows"] == results["rows"]
+    assert capsys.readouterr().out == (tmp_path / "adapters-tiny.md").read_text() + "\n"
+    for task in set(module.TASKS) - results["skipped"].keys():
+        rows = {row["model"]: row for row in results["rows"] if row["task"] == task}
+        assert tuple(rows) == module.MODELS and rows[module.ALL]["ratio"]["median"] == 1
+        for row in rows.values():
+            ratios = [one / all for one, all in zip(row["samples"], rows[module.ALL]["samples"], strict=True)]
+            assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
+
+
 def test_balance_of_a_router():
     """Two experts by the sign of one number, and a third that nobody chooses."""
     module = importlib.import_module("benchmarks.dense_sources")

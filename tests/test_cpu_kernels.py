@@ -13,7 +13,15 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_coe import cpu_kernels
 from modeling_coe.callbacks import CpuKernelsCallback
-from modeling_coe.cpu_kernels import KERNELS, KINDS, Product, grouped_outer_product, grouped_product, kernel_for
+from modeling_coe.cpu_kernels import (
+    KERNELS,
+    KINDS,
+    Product,
+    add_grouped_product,
+    grouped_outer_product,
+    grouped_product,
+    kernel_for,
+)
 
 from .helpers import random_ids, tiny_model
 
@@ -84,6 +92,17 @@ class TestAgainstTheLoop:
             expected[row] = inputs[row].double() @ weight[expert].double()
         actual = grouped_product(inputs, weight, torch.tensor(counts), sum(counts) / len(counts))
         assert_close(actual, expected, dtype)
+
+    def test_products_that_are_added(self, dtype, widths, counts):
+        torch.manual_seed(0)
+        inputs, output = (torch.randn(sum(counts), width).to(dtype) for width in widths)
+        weight = torch.randn(len(counts), *widths).to(dtype)
+        expected = output.double()
+        experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
+        for row, expert in enumerate(experts):
+            expected[row] += inputs[row].double() @ weight[expert].double()
+        add_grouped_product(output, inputs, weight, torch.tensor(counts))
+        assert_close(output, expected, dtype)
 
     @pytest.mark.parametrize("in_place", [False, True])
     def test_outer_products(self, dtype, widths, counts, in_place):

@@ -1,6 +1,7 @@
 """`lora_config`: what an adapter reaches, how large it is, and its way to disk, into the weights and out again."""
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -9,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from modeling_coe import CoeConfig, CoeForSequenceClassification
+from modeling_coe.adapters import obstacle
+from modeling_coe.experts import sharing_weights
 from modeling_coe.lora import lora_config
+from modeling_coe.modeling_coe import CoeExperts
 
+from . import naive
 from .helpers import (
     EXPERTS_BACKENDS,
     ROOT,
@@ -366,6 +373,283 @@ def test_gradients_are_those_of_the_weights(backend, mode):
             wrapper = wrapper.base_layer
 
 
+RESIDUAL_RULES = {
+    "outer": {},
+    "inner": {"inner_residual": True, "outer_residual": False},
+    "init": {"init_residual": True, "inner_residual": False, "outer_residual": False},
+    "prenorm": {"prenorm_residual": True},
+    "refine": {"upcycling": "refine", "norm_topk_prob": True},
+    "split": {"upcycling": "split", "norm_topk_prob": True},
+}
+EXPERTS_ALONE = {**NOTHING, "experts": True, "iteration_scales": False}
+
+
+class TestRowsAreMultiplied:
+    """`W x + s * B (A x)` on the rows of each expert, on the CPU and as on other devices, against PEFT's own way, in
+    which every call of the experts multiplies by `W + s * B A`."""
+
+    @staticmethod
+    def outcome(monkeypatch, way: str, model, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Logits and the gradients of all adapters."""
+
+        def refuse(*_):
+            raise AssertionError("adapters are added to weights")
+
+        input_ids = torch.tensor([[5, 7, 7, 9, 5]])  # so few that some experts have no token
+        with monkeypatch.context() as patch, torch.autocast("cpu", autocast, enabled=autocast is not None):
+            if way == "peft":
+                patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda _: contextlib.nullcontext())
+            else:
+                patch.setattr(ParamWrapper, "_activate_lora", refuse)
+            if way == "elsewhere":
+                patch.setattr("modeling_coe.experts._is_computed_here", lambda *_: False)
+            output = model(input_ids, labels=input_ids)
+            output.loss.backward()
+        trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(gradient is not None for gradient in trained.values())  # data parallelism waits for each
+        return {"logits": output.logits, **trained}
+
+    def compare(self, monkeypatch, make_model, tolerance: float = 1e-4, autocast: torch.dtype | None = None):
+        expected = self.outcome(monkeypatch, "peft", make_model().train())
+        for way in ("here", "elsewhere"):
+            actual = self.outcome(monkeypatch, way, make_model().train(), autocast)
+            assert actual.keys() == expected.keys()
+            for name, tensor in actual.items():
+                bound = tolerance * max(1.0, expected[name].abs().max().item())
+                torch.testing.assert_close(tensor.float(), expected[name].float(), atol=bound, rtol=0, msg=name)
+        return expected
+
+    @pytest.mark.parametrize(
+        ("rule", "iterations"),
+        [
+            (rule, iterations)
+            for rule in RESIDUAL_RULES
+            for iterations in (1, 2, 4)
+            if iterations > 1 or "upcycling" not in RESIDUAL_RULES[rule]
+        ],
+    )
+    def test_residual_rules(self, monkeypatch, rule, iterations):
+        overrides = {"inner_iter": iterations, **RESIDUAL_RULES[rule]}
+        self.compare(monkeypatch, lambda: adapted(overrides, **EXPERTS_ALONE))
+
+    def test_experts_without_tokens(self, monkeypatch):
+        gradients = self.compare(monkeypatch, lambda: adapted({"inner_iter": 1}, **EXPERTS_ALONE))
+        reached = {
+            name: gradient.view(8, 3, -1).flatten(1).any(dim=1)
+            for name, gradient in gradients.items()
+            if "lora_A" in name
+        }
+        assert len(reached) == 4 and all(0 < experts.sum() < 8 for experts in reached.values())
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"r": 1},
+            {"r": 8, "lora_alpha": 32},
+            {"r": 5, "use_rslora": True},
+            {"r": 4, "init_lora_weights": True},  # B is zero: no gradient of A
+            {"r": 4, "expert_r": 2},
+        ],
+        ids=str,
+    )
+    def test_ranks_and_scalings(self, monkeypatch, options):
+        self.compare(monkeypatch, lambda: adapted(**EXPERTS_ALONE, **options))
+
+    @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+    def test_one_projection_alone(self, monkeypatch, name):
+        def make_model():
+            config = peft.LoraConfig(
+                target_modules=["o_proj"],
+                target_parameters=[f"mlp.experts.{name}"],
+                r=3,
+                init_lora_weights=False,
+            )
+            model = tiny_model(inner_iter=3)
+            torch.manual_seed(5)
+            return peft.get_peft_model(model, config)
+
+        self.compare(monkeypatch, make_model)
+
+    @pytest.mark.parametrize("trained", ["both", "second", "A"])
+    def test_several_adapters(self, monkeypatch, trained):
+        def make_model():
+            model = adapted(**EXPERTS_ALONE)
+            model.add_adapter("second", lora_config(model.get_base_model(), **EXPERTS_ALONE, r=5, lora_alpha=2))
+            for name, parameter in model.named_parameters():
+                if "second" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            model.base_model.set_adapter(["default", "second"])
+            for name, parameter in model.named_parameters():
+                chosen = {"both": "lora_", "second": "second", "A": "lora_A"}[trained]
+                parameter.requires_grad_("lora_" in name and chosen in name)
+            return model
+
+        self.compare(monkeypatch, make_model)
+
+    def test_weights_are_trained_too(self, monkeypatch):
+        def make_model():
+            model = adapted({"inner_iter": 3}, **EXPERTS_ALONE)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("experts" in name)
+            return model
+
+        self.compare(monkeypatch, make_model)
+
+    def test_checkpointing(self, monkeypatch):
+        def make_model():
+            model = adapted(**EXPERTS_ALONE)
+            enable_checkpointing(model.get_base_model())
+            return model
+
+        self.compare(monkeypatch, make_model)
+
+    def test_blocks_of_experts(self, monkeypatch):
+        monkeypatch.setattr("modeling_coe.grouped_experts._CACHED_BYTES", 400)
+        self.compare(monkeypatch, lambda: adapted({"inner_iter": 3}, **EXPERTS_ALONE))
+
+    @pytest.mark.parametrize("mode", ["weights in bfloat16", "autocast"])
+    def test_half_precision(self, monkeypatch, mode):
+        """Adapters stay in float32, and their gradients come in it."""
+
+        def make_model():
+            # So small that no token changes its experts by rounding.
+            model = tiny_model(num_hidden_layers=1, inner_iter=1, initializer_range=0.05)
+            if mode != "autocast":
+                model = model.to(torch.bfloat16)
+            torch.manual_seed(3)
+            return peft.get_peft_model(model, lora_config(model, **EXPERTS_ALONE, r=4, init_lora_weights=False))
+
+        gradients = self.compare(
+            monkeypatch, make_model, tolerance=0.03, autocast=torch.bfloat16 if mode == "autocast" else None
+        )
+        assert all(gradient.dtype == torch.float32 for name, gradient in gradients.items() if "lora_" in name)
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(
+        num_experts=st.integers(1, 6),
+        hidden=st.integers(1, 5).map(lambda n: 4 * n),
+        width=st.integers(1, 5).map(lambda n: 4 * n),
+        rank=st.integers(1, 9),
+        alpha=st.floats(0.5, 16),
+        num_tokens=st.integers(0, 12),
+        chosen=st.data(),
+    )
+    def test_any_shape(self, num_experts, hidden, width, rank, alpha, num_tokens, chosen):
+        """Two calls of experts in float64, against a loop over tokens with weights that hold the adapter."""
+        config = tiny_config(
+            n_routed_experts=num_experts, num_experts_per_tok=1, hidden_size=hidden, moe_intermediate_size=width
+        )
+        config._experts_implementation = "grouped_mm"
+        holder = torch.nn.Module()
+        holder.experts = CoeExperts(config).double().requires_grad_(False)
+        torch.manual_seed(0)
+        for parameter in holder.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+        config = peft.LoraConfig(
+            target_modules=[],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights=False,
+        )
+        peft.inject_adapter_in_model(config, holder)
+        calls = []
+        for _ in range(2):
+            experts = st.lists(st.integers(0, num_experts - 1), min_size=2 * num_tokens, max_size=2 * num_tokens)
+            index = torch.tensor(chosen.draw(experts), dtype=torch.int64).view(num_tokens, 2)
+            calls.append((torch.randn(num_tokens, hidden).double(), index, torch.rand(num_tokens, 2).double()))
+
+        adapters = {name: p for name, p in holder.named_parameters() if "lora_" in name}
+        with sharing_weights(holder.experts):
+            actual = torch.stack([holder.experts(*call) for call in calls])
+        actual_gradients = torch.autograd.grad(actual.square().sum(), list(adapters.values()))
+        with torch.no_grad(), sharing_weights(holder.experts):
+            frozen = torch.stack([holder.experts(*call) for call in calls])
+            one_by_one = [holder.experts(*(tensor[row : row + 1] for tensor in calls[0])) for row in range(num_tokens)]
+
+        weights, wrapper = {}, holder.experts
+        for _ in range(2):
+            name, weight = wrapper.parameter_name, getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+            a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+            # Expert e has rows e * r, e * r + 1, .. of A, and columns e, N + e, .. of B.
+            weights[name] = [
+                weight[e] + alpha / rank * b[:, e::num_experts] @ a[e * rank : (e + 1) * rank]
+                for e in range(num_experts)
+            ]
+            wrapper = wrapper.base_layer
+        expected = torch.zeros_like(actual)
+        for call, (tokens, index, routing) in enumerate(calls):
+            for row, slot in itertools.product(range(num_tokens), range(2)):
+                gate, up = weights["gate_up_proj"][index[row, slot]].chunk(2)
+                down = weights["down_proj"][index[row, slot]]
+                expected[call, row] += routing[row, slot] * naive.swiglu(tokens[row], gate, up, down)
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(frozen, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(torch.cat([expected[0, :0], *one_by_one]), expected[0], atol=1e-9, rtol=1e-9)
+        if num_tokens:
+            gradients = torch.autograd.grad(expected.square().sum(), list(adapters.values()), materialize_grads=True)
+            for one, other in zip(actual_gradients, gradients, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8)
+
+
+class TestAdaptersAreAdded:
+    """What rows cannot be multiplied by is added to the weights, once a layer, and said once."""
+
+    @pytest.fixture
+    def messages(self, monkeypatch) -> list[str]:
+        messages = []
+        monkeypatch.setattr("modeling_coe.experts.logger.warning_once", messages.append)
+        return messages
+
+    def losses(self, monkeypatch, model) -> list[torch.Tensor]:
+        """In our way and in PEFT's."""
+        input_ids = torch.arange(3, 21).view(2, 9)
+        ours = model(input_ids, labels=input_ids).loss
+        with monkeypatch.context() as patch:
+            patch.setattr("modeling_coe.modeling_coe.sharing_weights", lambda _: contextlib.nullcontext())
+            return [ours, model(input_ids, labels=input_ids).loss]
+
+    @pytest.mark.parametrize("backend", [*EXPERTS_BACKENDS])
+    def test_by_other_implementations(self, monkeypatch, added, messages, backend):
+        model = adapted().train()
+        model.get_base_model().set_experts_implementation(backend)
+        assert_equal_up_to_rounding(*self.losses(monkeypatch, model))
+        if backend == "grouped_mm":
+            assert not messages
+        else:
+            assert all(f"`experts_implementation` is '{backend}'" in message for message in messages) and messages
+
+    @pytest.mark.parametrize("kind", ["subclass", "functorch", "another parameter", "layout"])
+    def test_what_rows_cannot_be_multiplied_by(self, monkeypatch, added, messages, kind):
+        model = adapted().train()
+        reasons = {
+            "subclass": "`down_proj` is of type Subclass",
+            "functorch": "traced or transformed",
+            "another parameter": "an adapter of `bias`",
+            "layout": "adapter 'default' of `down_proj` is sharded, or laid out in another way",
+        }
+        wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+        if kind == "subclass":
+            weight = wrappers[0].get_base_layer().down_proj
+            wrappers[0].get_base_layer().down_proj = torch.nn.Parameter(weight.data.as_subclass(Subclass))
+        if kind == "functorch":
+            monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+        if kind in ("another parameter", "layout"):
+            experts, (wrapper, *_) = wrappers[0].get_base_layer(), wrappers
+            if kind == "another parameter":
+                wrapper.parameter_name = "bias"
+            else:
+                wrapper.lora_A["default"].weight = torch.nn.Parameter(torch.zeros(7, 24))
+            assert reasons[kind] in obstacle(experts, [wrapper])
+            return
+        assert_equal_up_to_rounding(*self.losses(monkeypatch, model))
+        assert added and all(reasons[kind] in message for message in messages) and messages
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
 @pytest.fixture
 def added(monkeypatch) -> list:
     """Every wrapper of a parameter that has added its adapters to the weights, once for each time."""
@@ -382,8 +666,10 @@ def added(monkeypatch) -> list:
 
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize(("mode", "passes"), [("train", 1), ("checkpointed", 2), ("no_grad", 1)])
-def test_adapters_are_added_once_for_all_iterations(added, iterations, mode, passes):
+@pytest.mark.parametrize(("backend", "additions"), [("grouped_mm", 0), ("eager", 1)])
+def test_adapters_are_added_at_most_once_for_all_iterations(added, iterations, mode, passes, backend, additions):
     model = adapted({"inner_iter": iterations}).train()
+    model.get_base_model().set_experts_implementation(backend)
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     if mode == "checkpointed":
         enable_checkpointing(model.get_base_model())
@@ -392,8 +678,8 @@ def test_adapters_are_added_once_for_all_iterations(added, iterations, mode, pas
         loss = model(input_ids, labels=input_ids).loss
     if mode != "no_grad":
         loss.backward()
-    assert len(wrappers) == 2 * 2 and len(added) == passes * len(wrappers)
-    assert set(added) == set(wrappers)
+    assert len(wrappers) == 2 * 2 and len(added) == additions * passes * len(wrappers)
+    assert set(added) == (set(wrappers) if additions else set())
     assert not any(hasattr(wrapper.get_base_layer(), "parametrizations") for wrapper in wrappers)
     assert not any(wrapper.disable_adapters or wrapper.merged for wrapper in wrappers)
 
@@ -418,15 +704,9 @@ def rename_in_peft(monkeypatch, model, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "additions"),
-    [
-        ((), 1),
-        (("_activate_lora",), 3),
-        (("merged_adapters",), 3),
-        (("_activate_lora", "merged_adapters"), 3),
-    ],
+    "names", [(), ("_activate_lora",), ("merged_adapters",), ("_activate_lora", "merged_adapters")]
 )
-@pytest.mark.parametrize("backend", ["grouped_mm", "eager"])
+@pytest.mark.parametrize(("backend", "additions"), [("grouped_mm", set()), ("eager", {1})])
 def test_names_that_a_release_of_peft_lacks(monkeypatch, added, names, additions, backend):
     """Against PEFT's own way, in which every call of the experts adds the adapters."""
     results = []
@@ -442,7 +722,7 @@ def test_names_that_a_release_of_peft_lacks(monkeypatch, added, names, additions
             added.clear()
             output = model(input_ids, labels=input_ids)
             output.loss.backward()
-            assert {added.count(wrapper) for wrapper in added} == {additions if shares else 3}
+            assert {added.count(wrapper) for wrapper in added} == (additions if shares and not names else {3})
         gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         results.append([output.logits, *gradients])
     for actual, expected in zip(*results, strict=True):

@@ -45,7 +45,12 @@ from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
+    _grouped_linear,
+    use_experts_implementation,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Experts,
@@ -57,6 +62,7 @@ from transformers.utils import hub, output_capturing
 import modeling_coe.callbacks  # noqa: F401  not imported by the package itself
 from model_cards import cards
 from modeling_coe import CoeForCausalLM, CoeModel
+from modeling_coe.adapters import low_rank_factors, obstacle
 from modeling_coe.attention import CoeAttention
 from modeling_coe.modeling_coe import CoeExperts, CoePreTrainedModel, CoeRouter
 from modeling_coe.releases import CACHE
@@ -687,6 +693,39 @@ class TestPeft:
             assert wrapper.merged, "`merged` is not what `merged_adapters` says: adapters would be added twice"
             wrapper.merged_adapters = merged
         assert torch.equal(wrapper.base_layer.down_proj, plain), "`_activate_lora` leaves adapters in the weights"
+
+    def test_factors_of_an_adapter(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(
+            target_modules=[],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            init_lora_weights=False,
+            r=3,
+        )
+        model = peft.get_peft_model(tiny_model(), config)
+        outer = model.get_base_model().model.layers[0].mlp.experts
+        wrappers = (outer, outer.base_layer)
+        assert {wrapper.parameter_name for wrapper in wrappers} == {"gate_up_proj", "down_proj"}, (
+            "wrappers do not say what they adapt: adapters of experts are added to all weights, which is slow"
+        )
+        for wrapper in wrappers:
+            ((name, (a, b)),) = low_rank_factors(wrapper.get_base_layer(), [wrapper]).items()
+            torch.testing.assert_close(
+                b @ a,
+                wrapper.get_delta_weight("default"),
+                msg=f"PEFT lays `lora_A` and `lora_B` of `{name}` out in another way: rows of experts are multiplied "
+                "by factors of other experts",
+            )
+            assert obstacle(wrapper.get_base_layer(), [wrapper]) is None, "adapters are added to all weights"
+
+    def test_grouped_products(self):
+        rows, weight = torch.randn(5, 8), torch.randn(3, 4, 8)
+        expected = torch.cat([rows[:2] @ weight[0].T, rows[2:] @ weight[2].T])
+        torch.testing.assert_close(
+            _grouped_linear(rows, weight, torch.tensor([2, 2, 5], dtype=torch.int32)),
+            expected,
+            msg="`_grouped_linear` computes something else: so do adapted experts on other devices than the CPU",
+        )
 
 
 class TestMegablocks:
