@@ -63,7 +63,8 @@ def low_rank_factors(
         wrappers (`Iterable[nn.Module]`): PEFT's, whose adapters have no [`obstacle`].
 
     Returns:
-        `dict`: Name of the parameter -> `a` (N, r, in) and `b` (N, out, r) of a [`Projection`]; r is the sum of ranks.
+        `dict`: Name of the parameter -> `a` (N, r, in), the scaling in it, and `b` (N, out, r) of a [`Projection`]; r
+            is the sum of the ranks.
     """
     parts = {}
     for wrapper in wrappers:
@@ -72,13 +73,16 @@ def low_rank_factors(
         for adapter in _active(wrapper):
             # PEFT has (N * r, in) and (out, r * N): one is sorted by expert, the other by rank.
             a = wrapper.lora_A[adapter].weight.to(weight.dtype).reshape(num_experts, -1, in_features)
-            b = wrapper.scaling[adapter] * wrapper.lora_B[adapter].weight.to(weight.dtype)
-            b = b.reshape(out_features, -1, num_experts).permute(2, 0, 1)
-            parts.setdefault(wrapper.parameter_name, []).append((a, b))
+            b = wrapper.lora_B[adapter].weight.to(weight.dtype).reshape(out_features, -1, num_experts)
+            parts.setdefault(wrapper.parameter_name, []).append((wrapper.scaling[adapter] * a, b.permute(2, 0, 1)))
     factors = {}
     for name, adapters in parts.items():
-        every_a, every_b = zip(*adapters, strict=True)
-        factors[name] = torch.cat(every_a, dim=1), torch.cat(every_b, dim=2).contiguous()
+        a, b = adapters[0]
+        if len(adapters) > 1:
+            every_a, every_b = zip(*adapters, strict=True)
+            a, b = torch.cat(every_a, dim=1), torch.cat(every_b, dim=2)
+        # A token that is decoded needs few of the matrices, and a copy of all of them would cost more than it does.
+        factors[name] = (a, b.contiguous()) if torch.is_grad_enabled() else (a, b)
     return factors
 
 
@@ -126,5 +130,5 @@ def _project(inputs: torch.Tensor, projection: Projection, offsets: torch.Tensor
     if a is None:
         return output
     padding = -a.shape[1] % (16 // a.itemsize)  # grouped products need rows of whole 16 bytes
-    a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
+    a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding)).contiguous()
     return output + _grouped_linear(_grouped_linear(inputs, a, offsets), b, offsets)

@@ -2,7 +2,7 @@
 """Which function computes a layer's experts, and what the calls of a chain share.
 
 The `"grouped_mm"` of CoE's experts is `grouped_experts.py` on the CPU and transformers' own elsewhere. A chain calls
-the same experts C times: [`sharing_weights`] lets these calls have one [`ExpertWeights`].
+the same experts C times: [`sharing_weights`] lets these calls have one [`ExpertWeights`], and PEFT's adapters once.
 
 Shapes: T tokens, H hidden, N experts, K chosen per token.
 """

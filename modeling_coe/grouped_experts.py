@@ -107,8 +107,8 @@ class Projection(NamedTuple):
     """
 
     weight: torch.Tensor  # (N, out, in)
-    a: torch.Tensor | None = None  # (N, r, in)
-    b: torch.Tensor | None = None  # (N, out, r), an adapter's scaling in it
+    a: torch.Tensor | None = None  # (N, r, in), contiguous, an adapter's scaling in it
+    b: torch.Tensor | None = None  # (N, out, r), contiguous where gradients are wanted
 
     @property
     def mT(self) -> "Projection":

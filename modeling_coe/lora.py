@@ -65,8 +65,10 @@ def lora_config(
     are one, so at the rank of attention the experts' adapters are by far the largest part; `expert_r` gives them a
     smaller rank.
 
-    PEFT adds the experts' adapters to their weights in every forward pass, which costs time in proportion to the
-    weights, not to the tokens: merge an adapter (`merge_and_unload`) that is only used.
+    With `experts_implementation="grouped_mm"` rows are multiplied by the experts' adapters, `W x + scaling * B (A x)`,
+    which costs time in proportion to the tokens, and no gradient of a weight is made. Other implementations, and what
+    `sharing_weights` names when it warns, add the adapters to the weights as PEFT does, once a layer and pass, in time
+    and memory in proportion to the weights. An adapter that is only used is best merged (`merge_and_unload`).
 
     Args:
         model_or_config (`PreTrainedModel` or `CoeConfig`): The model to adapt, or its configuration.

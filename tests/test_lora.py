@@ -405,9 +405,11 @@ class TestRowsAreMultiplied:
                 patch.setattr("modeling_coe.experts._is_computed_here", lambda *_: False)
             output = model(input_ids, labels=input_ids)
             output.loss.backward()
+            with torch.no_grad():
+                frozen = [model(ids, use_cache=False).logits for ids in (input_ids, input_ids[:, :1])]
         trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert all(gradient is not None for gradient in trained.values())  # data parallelism waits for each
-        return {"logits": output.logits, **trained}
+        return {"logits": output.logits, "frozen": frozen[0], "one token": frozen[1], **trained}
 
     def compare(self, monkeypatch, make_model, tolerance: float = 1e-4, autocast: torch.dtype | None = None):
         expected = self.outcome(monkeypatch, "peft", make_model().train())
