@@ -41,6 +41,8 @@ def obstacle(experts: nn.Module, wrappers: Iterable[nn.Module]) -> str | None:
         weight = getattr(experts, name)
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype.itemsize < 2:
             return f"`{name}` is of type {type(weight).__name__} and {weight.dtype}"
+        if weight.device.type not in ("cpu", "cuda"):
+            return f"`{name}` is on {weight.device}, where grouped products are not known to work"
         num_experts, out_features, in_features = weight.shape
         for adapter in _active(wrapper):
             a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight

@@ -128,23 +128,23 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or any(isinstance(module, FSDPModule) for module in (*wrappers, experts))
         or not (wrappers or torch.is_grad_enabled())
         or torch.compiler.is_compiling()
-        or is_deepspeed_zero3_enabled()
     ):
+        yield
+        return
+    active = [wrapper for wrapper in wrappers if is_active(wrapper)]
+    if is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in (*wrappers, experts)):
+        if active:
+            _warn_of_added_weights("the experts' weights come and go with every call")
         yield
         return
     if wrappers:
         check_adaptable(experts.gate_up_proj)
-    active = [wrapper for wrapper in wrappers if is_active(wrapper)]
     why_not = obstacle(experts, active) if active else None
     with ExitStack() as stack:
         if why_not is not None:
-            logger.warning_once(
-                f"Adapters are added to all weights of their experts in every pass, since {why_not}: this takes time "
-                "and memory in proportion to the weights."
-            )
+            _warn_of_added_weights(why_not)
             for wrapper in active:
                 stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
         for wrapper in active:
@@ -155,3 +155,10 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts.is_sharing_weights = True
         experts.adapters = low_rank_factors(experts, active) if why_not is None else {}
         yield
+
+
+def _warn_of_added_weights(reason: str) -> None:
+    logger.warning_once(
+        f"Adapters are added to all weights of their experts in every pass, since {reason}. This takes time and "
+        "memory in proportion to the weights."
+    )

@@ -621,31 +621,42 @@ class TestAdaptersAreAdded:
         else:
             assert all(f"`experts_implementation` is '{backend}'" in message for message in messages) and messages
 
-    @pytest.mark.parametrize("kind", ["subclass", "functorch", "another parameter", "layout"])
-    def test_what_rows_cannot_be_multiplied_by(self, monkeypatch, added, messages, kind):
+    @pytest.mark.parametrize("kind", ["subclass", "transformed", "ZeRO-3"])
+    def test_where_rows_cannot_be_multiplied(self, monkeypatch, added, messages, kind):
         model = adapted().train()
-        reasons = {
+        experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
+        reason = {
             "subclass": "`down_proj` is of type Subclass",
-            "functorch": "traced or transformed",
-            "another parameter": "an adapter of `bias`",
-            "layout": "adapter 'default' of `down_proj` is sharded, or laid out in another way",
-        }
-        wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+            "transformed": "the pass is traced or transformed",
+            "ZeRO-3": "weights come and go",
+        }[kind]
         if kind == "subclass":
-            weight = wrappers[0].get_base_layer().down_proj
-            wrappers[0].get_base_layer().down_proj = torch.nn.Parameter(weight.data.as_subclass(Subclass))
-        if kind == "functorch":
+            experts.down_proj = torch.nn.Parameter(experts.down_proj.data.as_subclass(Subclass))
+        elif kind == "transformed":
             monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-        if kind in ("another parameter", "layout"):
-            experts, (wrapper, *_) = wrappers[0].get_base_layer(), wrappers
-            if kind == "another parameter":
-                wrapper.parameter_name = "bias"
-            else:
-                wrapper.lora_A["default"].weight = torch.nn.Parameter(torch.zeros(7, 24))
-            assert reasons[kind] in obstacle(experts, [wrapper])
-            return
+        else:
+            monkeypatch.setattr("modeling_coe.experts.is_deepspeed_zero3_enabled", lambda: True)
         assert_equal_up_to_rounding(*self.losses(monkeypatch, model))
-        assert added and all(reasons[kind] in message for message in messages) and messages
+        assert added and messages and all(reason in message for message in messages)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda wrapper: setattr(wrapper, "parameter_name", "bias"), "there is an adapter of `bias`"),
+            (lambda wrapper: wrapper.get_base_layer().to("meta"), "`down_proj` is on meta"),
+            (lambda wrapper: wrapper.lora_B.to("meta"), "adapter 'default' of `down_proj` is on another device"),
+            (
+                lambda wrapper: setattr(wrapper.lora_A["default"], "weight", torch.nn.Parameter(torch.zeros(12, 24))),
+                "adapter 'default' of `down_proj` is sharded, or laid out in another way",
+            ),
+        ],
+        ids=["parameter", "device", "device of a factor", "shape"],
+    )
+    def test_reasons(self, change, reason):
+        wrapper = adapted().get_base_model().model.layers[1].mlp.experts
+        assert obstacle(wrapper.get_base_layer(), [wrapper, wrapper.base_layer]) is None
+        change(wrapper)
+        assert reason in obstacle(wrapper.get_base_layer(), [wrapper])
 
 
 class Subclass(torch.Tensor):
