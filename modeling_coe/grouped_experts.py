@@ -135,7 +135,8 @@ class Projection(NamedTuple):
         """Writes a row (in) times the matrix of one expert to `out` (out)."""
         out.addmv_(self.weight[expert], row, beta=0)  # what is multiplied by `beta=0` is not read
         if self.a is not None:
-            out.addmv_(self.b[expert], torch.mv(self.a[expert], row))
+            reduced = row.new_empty(self.a.shape[1]).addmv_(self.a[expert], row, beta=0)
+            out.addmv_(self.b[expert], reduced)
 
     def adapter_gradient(
         self, inputs: torch.Tensor, grad_outputs: torch.Tensor, counts: torch.Tensor, load: float
@@ -174,7 +175,10 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Weighted sum (T, H) of each token's experts. The weights' gradients are left to [`ExpertWeights`]."""
+    """Weighted sum (T, H) of each token's experts. The weights' gradients are left to [`ExpertWeights`].
+
+    `anchor` and the factors of adapters are those of `weights`, taken so that autograd asks for their gradients.
+    """
 
     @staticmethod
     def forward(
@@ -203,10 +207,8 @@ class _GroupedExperts(torch.autograd.Function):
         tokens, top_k_weights, *saved = ctx.saved_tensors
         gate_up_proj, down_proj = Projection(*saved[:3]), Projection(*saved[3:6])
         rows, blocks = Rows(*saved[6 : 6 + len(Rows._fields)]), saved[6 + len(Rows._fields) :]
-        is_gate_up_adapter_trained, is_down_adapter_trained = (
-            any(ctx.needs_input_grad[3:5]),
-            any(ctx.needs_input_grad[5:7]),
-        )
+        is_gate_up_adapter_trained = any(ctx.needs_input_grad[3:5])
+        is_down_adapter_trained = any(ctx.needs_input_grad[5:7])
         grad_gate_up_factors, grad_down_factors = [], []  # of `a` and `b`, of each block
 
         grad_output = grad_output.to(tokens.dtype)
