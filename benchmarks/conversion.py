@@ -149,7 +149,7 @@ def run(settings: ConversionSettings) -> dict:
             shutil.rmtree(folder, ignore_errors=True)
     layer = (settings.experts + 1) * 3 * settings.hidden_size * settings.width * 4
     return {
-        "settings": {name: str(value) for name, value in vars(settings).items()},
+        "settings": {name: value for name, value in vars(settings).items() if isinstance(value, int)},
         "machine": describe_machine("cpu", torch.get_num_threads(), datetime.date.today().isoformat()),
         "source_bytes": nbytes,
         "layer_bytes_in_float32": layer,
@@ -171,7 +171,7 @@ def markdown(results: dict) -> str:
     heads = ["source", "experts of a layer in float32", "conversion and verification", "peak memory", "1.34 TB"]
     machine = results["machine"]
     software = f"torch {machine['torch']}, transformers {machine['transformers']}"
-    shape = ", ".join(f"{name} {value}" for name, value in results["settings"].items() if value.isdigit())
+    shape = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads; {software}; {shape}.",
         "",

@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint import ConversionError, parse_size
 from .converter import convert, existing_parent
+from .errors import kind_and_message
 from .families import FAMILIES
 from .plan import Options
 from .planner import plan_conversion
@@ -71,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:  # a fault of ours, or of a library: whoever mends it needs its place
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(
-            f"coe-convert: {args.source} was not converted, {reason} (in {place.name}, line {place.lineno} of "
-            f"{Path(place.filename).name}). Please report this line with config.json.",
+            f"coe-convert: {args.source} was not converted, {kind_and_message(error)} (in "
+            f"{place.name}, line {place.lineno} of {Path(place.filename).name}). Please report this line with "
+            "config.json.",
             file=sys.stderr,
         )
         return 1

@@ -16,6 +16,7 @@ from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
 from .checkpoint import Checkpoint, ConversionError
+from .errors import kind_and_message
 from .families import ALIASES, FAMILIES
 
 
@@ -104,9 +105,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         return _build(values)
     except Exception as error:  # of whatever check or computation a value has failed
         culprits = ", ".join(f"`{name}={_short(values[name])}`" for name in find_culprits(values, _build))
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConversionError(
-            f"transformers makes no `{values['model_type']}` of config.json ({reason}). Correct "
+            f"transformers makes no `{values['model_type']}` of config.json ({kind_and_message(error)}). Correct "
             f"{f'{culprits} in config.json' if culprits else 'config.json'}."
         ) from error
 

@@ -175,7 +175,7 @@ def describe_families() -> str:
         lines += [f"{alias:20}as {name}, by the class in `architectures`" for alias in family.aliases]
         lines += [f"{'':20}  only `{field}={value}`" for field, value in family.required.items()]
         lines += [f"{'':20}  without `{field}`: {reason}" for field, reason in family.left_out.items()]
-        lines += [f"{'':20}  without tensors {key}: {reason}" for key, reason in family.dropped_keys.items()]
+        lines += [f"{'':20}  without tensors: {reason}" for reason in dict.fromkeys(family.dropped_keys.values())]
     lines += [f"{alias:20}as {name}" for alias, name in ALIASES.items()]
     lines.append(f"{CoeConfig.model_type:20}back, with --to source or --to official")
     return "\n".join([*lines, f"{OFFICIAL_MODEL_TYPE:20}the official implementation's, with --to coe"])

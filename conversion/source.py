@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import ConversionError, read_json, shorten
+from .errors import kind_and_message
 
 
 # Everything beside weights, config.json and code that belongs to a model.
@@ -75,29 +76,32 @@ def find_source(source: str | Path, revision: str | None = None, gguf_file: str 
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        gguf_file = path.name
+        found = Source(path, path.resolve().name, gguf_file=path.name)
     elif path.is_dir():
-        if gguf_file is not None and not (path / gguf_file).is_file():
-            raise ConversionError(f"There is no {gguf_file} in {path}. Choose another `--gguf-file`.")
+        found = Source(path, path.resolve().name, gguf_file=gguf_file)
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
         raise ConversionError(
             f"SOURCE {source} is neither a folder, nor a GGUF file, nor the name of a repository of the Hub. Choose "
             "one."
         )
-    if path.exists():
-        if revision is not None:
-            raise ConversionError(f"`--revision {revision}` is of a repository of the Hub; {source} is not. Leave it.")
-        return Source(path, path.resolve().name, gguf_file=gguf_file)
-    patterns = [CONFIG_NAME, _ADAPTER_FILES, REPOCARD_NAME, *CARRIED_FILES]
-    patterns += _WEIGHT_FILES if gguf_file is None else [gguf_file]
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConversionError(f"{source} is no local folder, and the Hub does not give it: {reason}") from error
-    if gguf_file is not None and not (folder / gguf_file).is_file():
+    else:
+        folder = _download(str(source), revision, _WEIGHT_FILES if gguf_file is None else (gguf_file,))
+        found = Source(folder, str(source), folder.name, gguf_file)
+    if found.path.is_dir() and gguf_file is not None and not (found.path / gguf_file).is_file():
         raise ConversionError(f"There is no {gguf_file} in {source}. Choose another `--gguf-file`.")
-    return Source(folder, str(source), folder.name, gguf_file)
+    if found.revision is None and revision is not None:
+        raise ConversionError(f"`--revision {revision}` is of a repository of the Hub; {source} is not. Leave it.")
+    return found
+
+
+def _download(repository: str, revision: str | None, weight_files: tuple[str, ...]) -> Path:
+    patterns = [CONFIG_NAME, _ADAPTER_FILES, REPOCARD_NAME, *CARRIED_FILES, *weight_files]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # offline, not found, gated, disk full: the message of the Hub says which
+        raise ConversionError(
+            f"{repository} is no local folder, and the Hub does not give it: {kind_and_message(error)}"
+        ) from error
 
 
 @contextmanager
@@ -124,7 +128,7 @@ def readable(source: Source, scratch: Path, merge_adapter: bool = False) -> Iter
     except OSError as error:
         raise ConversionError(f"{scratch} cannot be written to ({error.strerror}). Choose another OUT.") from error
     with folder as name:
-        make = _merge_adapter if merge_adapter else _dequantise
+        make = _merge_adapter if merge_adapter else _dequantised
         yield make(source, Path(name))
 
 
@@ -151,7 +155,23 @@ def copy_files(files: list[Path], source: Path, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _dequantise(source: Source, folder: Path) -> Source:
+def dequantise(gguf_file: Path, folder: Path, dtype: torch.dtype = torch.float32, with_tokenizer: bool = True) -> None:
+    """Writes the model that transformers makes of a GGUF file, and its tokenizer.
+
+    Args:
+        gguf_file (`Path`): The file.
+        folder (`Path`): Where to write to.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Of the weights.
+        with_tokenizer (`bool`, defaults to `True`): Write the file's tokenizer too.
+    """
+    place = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+    model.save_pretrained(folder)
+    if with_tokenizer:
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def _dequantised(source: Source, folder: Path) -> Source:
     """Writes a GGUF file as the float32 model that transformers makes of it."""
     if importlib.util.find_spec("gguf") is None:
         raise ConversionError("Reading GGUF files needs the package `gguf`. Install it: `pip install gguf`.")
@@ -159,16 +179,9 @@ def _dequantise(source: Source, folder: Path) -> Source:
     whole = source.path.is_dir()
     belonging = [*find_carried(source.path), *source.path.glob(REPOCARD_NAME)] if whole else []
     folder_of_file = source.path if whole else source.path.parent
+    has_tokenizer = any(file.name.startswith("tokenizer") for file in belonging)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder_of_file,
-            gguf_file=source.gguf_file,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.save_pretrained(folder)
-        if not any(file.name.startswith("tokenizer") for file in belonging):
-            AutoTokenizer.from_pretrained(folder_of_file, gguf_file=source.gguf_file).save_pretrained(folder)
+        dequantise(folder_of_file / source.gguf_file, folder, with_tokenizer=not has_tokenizer)
     except Exception as error:  # of whatever part of transformers, which the message must name
         raise _unreadable(source.gguf_file, error) from error
     copy_files(belonging, source.path, folder)
@@ -224,5 +237,6 @@ def _adapter_base(source: Source) -> Source:
 
 
 def _unreadable(name: str, error: Exception) -> ConversionError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ConversionError(f"transformers {transformers.__version__} cannot read {name} ({reason}). Choose another.")
+    return ConversionError(
+        f"transformers {transformers.__version__} cannot read {name} ({kind_and_message(error)}). Choose another."
+    )

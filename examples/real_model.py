@@ -293,7 +293,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         if pair["error"] is None or abs(pair["difference"]) < 2 * pair["error"]:
             verdict = "no difference can be told"
         else:
-            verdict = f"the chain is {'better' if pair['difference'] < 0 else 'worse'} at these settings"
+            verdict = (
+                f"{'lower' if pair['difference'] < 0 else 'higher'} in this run, which says nothing of other seeds"
+            )
         lines.append(f"- chain less {name}: {pair['difference']:+.4f}{error_of(pair)}: {verdict}")
     lines += [
         "",

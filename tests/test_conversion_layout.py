@@ -65,7 +65,7 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in MOE_SOURCES if "-" not in name])
 def test_experts_are_fused(sources, tmp_path, name):
     source = sources(name)
-    convert(source, tmp_path / "experts", verify_tokens=8)
+    convert(source, tmp_path / "experts", Options(layout="experts"), verify_tokens=8)
     report = convert(source, tmp_path / "fused", FUSED, verify_tokens=8, max_shard_size="50KB")
     expected = with_fused_experts(stored(tmp_path / "experts"))
     assert_same_tensors(stored(tmp_path / "fused"), expected)

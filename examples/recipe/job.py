@@ -14,6 +14,7 @@ from modeling_coe import CoeConfig
 
 from .answers import solve
 from .corpus import Blocks, Corpus, Example, choose_tokenizer, encode_prompts, fingerprint_of, load_corpus, pack_corpus
+from .memory import return_freed_memory
 from .processes import check_alike, leave_others, once, processes, say
 from .report import report
 from .run_folder import check_fingerprint, check_output_dir, is_resumable, start_run
@@ -141,6 +142,7 @@ def run_job(
     leave_others()
     if not processes().is_main_process:
         return
+    return_freed_memory()  # saving and merging need more of the model at once
     saved = save(settings, run.model, inputs.tokenizer)
 
     def solver(problems: list[Example]) -> list[str]:

