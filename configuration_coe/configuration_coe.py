@@ -129,6 +129,17 @@ class CoeConfig(DeepseekV2Config):
     layer: this is what the paper's code computes, with one iteration too. `"prenorm"` with `inner_iter=1` is
     exactly a DeepSeek-V2 layer.
 
+    Four options, off by default, stabilise a chain under every rule. With `f_t` the experts of iteration `t`, routed
+    plus shared, `z_t` what the rule calls `x_t`, C the layer's iterations and L the layers of the model:
+
+        r_t = reinject / (t + 1)                              t > 0
+        x_0 = post_attention_layernorm(h)
+        x_t = norm_t((1 - r_t) * z_t + r_t * z_0)            t > 0; `norm_t` with `iteration_norm`
+        y_t = residual_scale / (C * sqrt(L)) * RMSNorm_t(f_t(x_t))           `RMSNorm_t` with `branch_norm`
+
+    and the rule goes on with `z` for `x`. `z_0` is `x_0`; with `iteration_norm` it is `h` under the rules that keep
+    the un-normalised stream, `"prenorm"`, `"refine"` and `"split"`. What an option leaves out is the identity.
+
     Fields that are not listed keep the meaning they have in [`DeepseekV2Config`]. All names of the official
     `config.json` are kept, so one loads unchanged, also with `model_type: coe_deepseekv2`, with the older
     `rope_scaling` and `rope_theta` keys, and with the rule in a field `residual`, as the first ones have it.
@@ -154,6 +165,19 @@ class CoeConfig(DeepseekV2Config):
         chain_layers (`list[int]`, *optional*):
             Indices of the sparse layers that are chained, all by default. The others run once, on the pre-norm stream
             and with all of a token's experts. For `"prenorm"`, `"refine"` and `"split"`.
+        iteration_norm (`bool`, defaults to `False`):
+            Every iteration after the first reads through a norm of its own, `norm_t` above. Under `"prenorm"` all then
+            read the residual stream as the layers do. A converted chain keeps its source's function: its norms start
+            as copies of the layer's.
+        branch_norm (`bool`, defaults to `False`):
+            What the experts of an iteration return is normed, each iteration by a norm of its own, before it is scaled
+            or added. A converted chain does not keep its source's function. Applies with one iteration too.
+        residual_scale (`float`, *optional*):
+            Factor on the outputs of the iterations, divided by `inner_iter * sqrt(num_hidden_layers)` (by
+            `sqrt(num_hidden_layers)` in layers that run once). A converted chain does not keep its source's function.
+        reinject (`float`, *optional*):
+            How much of the chain's input iterations after the first read again, `r_1 = reinject / 2` and less in later
+            ones: from 0 (not included) to 2. What is read changes, not what is summed.
         use_igate (`bool`, defaults to `True`):
             One router per iteration. `False` uses one router, on the current `x_t`, at every iteration.
         backbone (`str`, defaults to `"deepseek_v2"`):
@@ -261,6 +285,10 @@ class CoeConfig(DeepseekV2Config):
     prenorm_residual: bool = False
     upcycling: str | None = None
     chain_layers: list[int] | None = None
+    iteration_norm: bool = False
+    branch_norm: bool = False
+    residual_scale: int | float | None = None
+    reinject: int | float | None = None
     use_igate: bool = True
     backbone: str = "deepseek_v2"
     n_routed_experts: int | None = 64
@@ -389,6 +417,17 @@ class CoeConfig(DeepseekV2Config):
         for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be greater than 0.")
+
+    def validate_stabilisers(self) -> None:
+        """Raises `ValueError` where a factor of the chain is out of range. Part of `@strict` validation."""
+        if self.residual_scale is not None and not self.residual_scale > 0:
+            raise ValueError(
+                f"`residual_scale` is {self.residual_scale}; it must be greater than 0, or None to scale nothing."
+            )
+        if self.reinject is not None and not 0 < self.reinject <= 2:
+            raise ValueError(
+                f"`reinject` is {self.reinject}; it must be greater than 0 and at most 2, or None to mix nothing in."
+            )
 
     def validate_attention(self) -> None:
         """Raises `ValueError` where sizes do not fit each other, or follow from others and were left behind. Part of
@@ -550,6 +589,14 @@ class CoeConfig(DeepseekV2Config):
             return 0
         return self._num_ranked_experts // iterations if self.upcycling == "split" else self.num_experts_per_tok
 
+    def output_multiplier(self, layer_idx: int) -> float:
+        """Factor on the output of each iteration of sparse layer `layer_idx`: `residual_multiplier` and, where there
+        is one, the formula of `residual_scale`."""
+        if self.residual_scale is None:
+            return self.residual_multiplier
+        divisor = self.num_iterations(layer_idx) * self.num_hidden_layers**0.5
+        return self.residual_multiplier * self.residual_scale / divisor
+
     @property
     def sparse_layers(self) -> list[int]:
         """Indices of the layers that hold experts."""
@@ -670,8 +717,9 @@ class CoeConfig(DeepseekV2Config):
             if self.shared_expert_width:
                 parameters += mlp(self.shared_expert_width)
                 parameters += hidden if BACKBONES[self.backbone].gates_shared_experts else 0
-            if self.upcycling is not None:
-                parameters += (iterations - 1) * hidden
+            # Scales and norms.
+            parameters += (iterations - 1) * hidden * ((self.upcycling is not None) + self.iteration_norm)
+            parameters += iterations * hidden * self.branch_norm
         return parameters
 
 

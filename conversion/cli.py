@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layers=args.layers,
         dtype=_DTYPES.get(args.dtype),
         router_noise=args.router_noise,
+        iteration_norm=args.iteration_norm,
         seed=args.seed,
         round_top_k=args.round_top_k,
         upcycle=args.upcycle,
@@ -128,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="STD",
         help="noise on the routers of later iterations",
+    )
+    parser.add_argument(
+        "--iteration-norm", action="store_true", help="give every iteration a norm of its own, at first the layer's"
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and new routers")
     parser.add_argument(

@@ -29,6 +29,7 @@ class Options:
         layers: The layers to convert: those that are chained or, of a dense source, that get experts. Default: all.
         dtype: What weights are stored as; as in the source by default.
         router_noise: Standard deviation of what is added to the routers of later iterations.
+        iteration_norm: Gives every iteration after the first a norm of its own, at first a copy of the layer's.
         seed: Of that noise, and of new routers.
         round_top_k: Lets `"split"` round the number of experts per token to a multiple of C.
         upcycle: `"copy"` or `"slice"`: how experts are made of the MLPs of a dense source.
@@ -45,6 +46,7 @@ class Options:
     layers: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     router_noise: float = 0.0
+    iteration_norm: bool = False
     seed: int = 0
     round_top_k: bool = False
     upcycle: str | None = None
@@ -218,6 +220,8 @@ _EXISTENCE = {
     r"mlp\..*_proj\.bias$": ("mlp_bias",),
     r"lm_head": ("tie_word_embeddings",),
     r"iteration_scale": ("upcycling", "inner_iter", "chain_layers"),
+    r"iteration_norms": ("iteration_norm", "inner_iter", "chain_layers"),
+    r"branch_norms": ("branch_norm", "inner_iter", "chain_layers"),
     r"mlp\.gate\.\d": ("inner_iter", "chain_layers"),
 }
 # Likewise, how large it is.

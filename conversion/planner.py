@@ -155,15 +155,16 @@ def _chain(fields: dict[str, Any], options: Options, dense: bool) -> tuple[Optio
     options = Options(**{**vars(options), "mode": mode, "iterations": iterations})
     top_k = fields["num_experts_per_tok"]
     if mode == "identity":
-        if iterations != 1 or options.router_noise or (options.layers is not None and not dense):
+        has_chain_options = iterations != 1 or options.router_noise or options.iteration_norm
+        if has_chain_options or (options.layers is not None and not dense):
             raise ConversionError(
-                "`--mode identity` makes chains of one iteration of all layers: `--iterations`, `--router-noise` and "
-                "`--layers` mean nothing there. Choose `refine` or `split`."
+                "`--mode identity` makes chains of one iteration of all layers: `--iterations`, `--router-noise`, "
+                "`--iteration-norm` and `--layers` mean nothing there. Choose `refine` or `split`."
             )
         return options, _SINGLE, None
     if iterations < 2:
         raise ConversionError(f"`--mode {mode}` needs two iterations or more. For one, choose `--mode identity`.")
-    chain, reason = {"inner_iter": iterations, "upcycling": mode}, None
+    chain, reason = {"inner_iter": iterations, "upcycling": mode, "iteration_norm": options.iteration_norm}, None
     if options.layers is not None and not dense:
         _check_layers(options.layers, _configure(fields | _SINGLE).sparse_layers)
         chain["chain_layers"] = sorted(options.layers)
@@ -268,7 +269,7 @@ def _plan_to_source(checkpoint: Checkpoint, config: CoeConfig, options: Options)
     if problems:
         raise ConversionError(
             f"Training has made this chain more than `{family.model_type}`: {shorten(problems)}. Only chains "
-            "whose scales are zero and whose routers are equal go back; use this one as it is."
+            "whose scales are zero and whose routers and norms are equal go back; use this one as it is."
         )
     return plan
 
@@ -294,6 +295,7 @@ def _single_iteration(config: CoeConfig, backbone: str) -> CoeConfig:
     top_k = config.num_experts_per_tok * (config.inner_iter if config.upcycling == "split" else 1)
     values = config.to_dict() | {"backbone": backbone, "num_experts_per_tok": top_k}
     values |= {"upcycling": None, "chain_layers": None, "use_igate": True}
+    values |= {"iteration_norm": False, "reinject": None}  # of what one iteration has no use for
     if backbone != config.backbone and set(values.get("layer_types") or ()) == {"full_attention"}:
         del values["layer_types"]  # one backbone asks for them, another has no windows by layer
     return _configure(values | _SINGLE)

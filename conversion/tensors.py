@@ -1,8 +1,9 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Tensors in both directions: what a chain stores for a tensor of its source, and what of a chain goes back.
 
-Most keep their values and, by the tables of the families, change their names. Three kinds are more: routers, of which
-a chain has one an iteration; scales, which chains alone have; experts made of dense MLPs, which stay in the chain.
+Most keep their values and, by the tables of the families, change their names. Four kinds are more: routers, of which
+a chain has one an iteration; norms, of which it may have; scales, which chains alone have; experts made of dense MLPs,
+which stay in the chain.
 """
 
 import re
@@ -24,6 +25,7 @@ _ANCHOR = "post_attention_layernorm.weight"
 RANDOM_ROUTER = "new: random, orthogonal to the mean input"
 _SCALES = ("iteration_scale", "iteration_scale.weight")  # on disk, and as a state dict has it
 _LAYER_KEY = re.compile(r"(?P<prefix>model\.layers\.(?P<layer>\d+)\.)(?P<name>.+)")
+_ITERATION_NORM = re.compile(r"iteration_norms\.\d+\.weight")
 ROUTER = re.compile(r"mlp\.gate\.(?:(?P<iteration>\d+)\.)?(?P<part>weight|e_score_correction_bias)")
 _DENSE_MLP = re.compile(r"mlp\.(?P<projection>(?:gate|up|down)_proj)\.weight")
 
@@ -90,6 +92,9 @@ def to_chain(
         return _experts_of_mlp(mlp["projection"], tensor.shape, config, options, output)
     outputs = [output(place.name)]
     if place.name == _ANCHOR:
+        if config.iteration_norm:
+            names = (f"iteration_norms.{t}.weight" for t in range(iterations - 1))
+            outputs += [output(name, "copied to a later iteration") for name in names]
         outputs += _new_scale(iterations, config, output)
         if family.dense:
             outputs += _new_routers(place, iterations, config, options, mlp_inputs, output)
@@ -108,6 +113,8 @@ def to_source(key: str, family: Family, config: CoeConfig, checkpoint: Checkpoin
     place = Place.of(key)
     if place.name in _SCALES:
         return _scale_to_source(key, checkpoint)
+    if _ITERATION_NORM.fullmatch(place.name):
+        return _norm_to_source(key, f"{place.prefix}{_ANCHOR}", checkpoint)
     router = ROUTER.fullmatch(place.name)
     if router and router["iteration"]:
         return _router_to_source(key, place, router, family, config, checkpoint)
@@ -175,6 +182,16 @@ def _new_scale(iterations: int, config: CoeConfig, output: Callable[..., Output]
 
 def _scale_to_source(key: str, checkpoint: Checkpoint) -> WayBack:
     return WayBack(dropped="zero", problem=f"`{key}` is not zero" if checkpoint.read(key).any() else None)
+
+
+# ---- Norms of iterations: copies of the layer's in a new chain, and in one that can go back -------------------------
+
+
+def _norm_to_source(key: str, kept_key: str, checkpoint: Checkpoint) -> WayBack:
+    differs = kept_key in checkpoint.tensors and checkpoint.differs(key, kept_key)
+    return WayBack(
+        dropped="equal to the norm of iteration 0", problem=f"`{key}` is not `{kept_key}`" if differs else None
+    )
 
 
 # ---- Experts and routers made of dense MLPs, which do not go back ---------------------------------------------------

@@ -53,6 +53,8 @@ from modeling_coe.command_line import (
 
 # The rules of new chains; the others are for converted models, and `none` for comparison with the official code.
 RESIDUALS = ("inner", "outer", "both", "init", "prenorm")
+# Options that stabilise a chain, settings and fields of the same names.
+STABILISERS = ("iteration_norm", "branch_norm", "residual_scale", "reinject")
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
@@ -76,6 +78,10 @@ class ModelSettings:
     iterations: int = setting(2, "length of the chain (inner_iter)")
     residual: str = setting("inner", "rule of the chain", choices=sorted(RESIDUALS))
     shared_router: bool = setting(False, "one router for all iterations (use_igate=False)")
+    iteration_norm: bool = setting(False, "a norm for every iteration of the chain (iteration_norm)")
+    branch_norm: bool = setting(False, "norms on what iterations add (branch_norm)")
+    residual_scale: float | None = setting(None, "scale of what iterations add (residual_scale); none if not given")
+    reinject: float | None = setting(None, "how much of its input the chain reads again (reinject); none if not given")
     aux_loss: float = setting(0.001, "weight of the balancing loss (aux_loss_alpha)")
     init_range: float | None = setting(None, "initializer_range; sqrt(2 / (5 hidden_size)) if not given")
 
@@ -106,8 +112,9 @@ def check_settings(settings: PretrainSettings) -> None:
     check_positive(settings, "num_experts", "expert_width", "top_k", "iterations")
     check_not_negative(settings, "shared_experts")
     check_range(settings, "aux_loss", 0)
-    if settings.init_range is not None:
-        check_range(settings, "init_range", 0, exclusive=True)
+    for name in ("init_range", "residual_scale", "reinject"):
+        if getattr(settings, name) is not None:
+            check_range(settings, name, 0, exclusive=True)
     # The rotary part of a head is half as wide as the rest, and even.
     if settings.hidden_size % (4 * settings.num_heads):
         raise InputError(
@@ -139,6 +146,7 @@ def build_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase)
         "num_experts_per_tok": settings.top_k,
         "inner_iter": settings.iterations,
         "use_igate": not settings.shared_router,
+        **{name: getattr(settings, name) for name in STABILISERS},
         "aux_loss_alpha": settings.aux_loss,
         "initializer_range": settings.init_range or (2 / (5 * settings.hidden_size)) ** 0.5,
         "pad_token_id": tokenizer.pad_token_id,

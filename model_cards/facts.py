@@ -28,6 +28,13 @@ _RESIDUAL_RULES = {
     "split": "adds its output, scaled by a learned vector, to its own input, and the layer adds the outputs of all "
     "iterations to its input; no expert is used twice for a token",
 }
+# What the options that stabilise a chain do; `{}` is their value.
+_STABILISERS = {
+    "iteration_norm": "later iterations read through norms of their own",
+    "branch_norm": "the output of every iteration is normed",
+    "residual_scale": "the output of every iteration is multiplied by {} / (C sqrt(L)), with L layers",
+    "reinject": "iteration t > 0 reads a share {} / (t + 1) of the chain's input again",
+}
 _TIMES = {1: "once", 2: "twice, in sequence,"}
 
 
@@ -56,7 +63,15 @@ def description(config: CoeConfig) -> str:
     text += f"In every iteration {router} chooses {_count(config.num_experts_per_tok, 'expert')} for each token"
     if config.shared_expert_width:
         text += f", next to {_shared(config)}{' in the first one' if config.upcycling == 'split' else ''}"
-    return f"{text}. Each iteration {_RESIDUAL_RULES[config.residual_rule]}."
+    text = f"{text}. Each iteration {_RESIDUAL_RULES[config.residual_rule]}."
+    for name, value in _stabilisers(config).items():
+        text += f" With `{name}`, {_STABILISERS[name].format(value)}."
+    return text
+
+
+def _stabilisers(config: CoeConfig) -> dict[str, Any]:
+    """The options that stabilise the chain, as far as they are on."""
+    return {name: value for name in _STABILISERS if (value := getattr(config, name)) not in (False, None)}
 
 
 def architecture(config: CoeConfig) -> dict[str, str]:
@@ -74,7 +89,9 @@ def architecture(config: CoeConfig) -> dict[str, str]:
             "Iterations C": f"{config.inner_iter}",
             "Routed experts N": f"{config.n_routed_experts:,} of width {config.moe_intermediate_size:,}",
             "Experts per token and iteration K": f"{config.num_experts_per_tok}",
-            "Residual rule": f"`{config.residual_rule}`",
+            "Residual rule": ", ".join(
+                f"`{each}`" for each in (config.residual_rule, *(f"{n}={v}" for n, v in _stabilisers(config).items()))
+            ),
             "Routers": f"{routers}, `{config.scoring_func}` scores, `{config.topk_method}` choice",
             "Shared experts": _shared(config) if config.shared_expert_width else "none",
         }

@@ -13,8 +13,8 @@ from .state_dict import FUSED_PROJECTIONS
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-# What a sparse layer has a fixed number of: routers, experts, shared ones too, and scales.
-_COUNTED_KEY = re.compile(r"mlp\.(gate|experts|shared_experts)\.|iteration_scale\.")
+# What a sparse layer has a fixed number of: routers, experts, shared ones too, scales, and norms of iterations.
+_COUNTED_KEY = re.compile(r"mlp\.(gate|experts|shared_experts)\.|(iteration_scale|iteration_norms|branch_norms)\.")
 # What the official conversion script adds to a layer, whose chain has equations of its own then.
 SCRIPT_KEY = re.compile(r"(?:mlp\.)?(?:coe_weight|coe_weights\.\d+)")
 
@@ -47,8 +47,8 @@ def shorten(names: Iterable[str], limit: int = 4) -> str:
 
 
 def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
-    """Names of what makes sparse layer `layer_idx` a chain (routers, experts, scales), in the fused layout or in the
-    official one."""
+    """Names of what makes sparse layer `layer_idx` a chain (routers, experts, scales, norms), in the fused layout or
+    in the official one."""
     iterations = config.num_iterations(layer_idx)
     routers = [f"mlp.gate.{t}" for t in range(iterations)] if config.use_igate else ["mlp.gate"]
     keys = {f"{router}.weight" for router in routers}
@@ -59,6 +59,10 @@ def expected_keys(config: CoeConfig, layer_idx: int, fused: bool) -> set[str]:
         keys |= {f"mlp.shared_experts.{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds}
     if config.upcycling is not None and iterations > 1:
         keys.add("iteration_scale.weight")
+    if config.iteration_norm:
+        keys |= {f"iteration_norms.{t}.weight" for t in range(iterations - 1)}
+    if config.branch_norm:
+        keys |= {f"branch_norms.{t}.weight" for t in range(iterations)}
     for name, projections in FUSED_PROJECTIONS.items():
         if fused:
             keys.add(f"mlp.experts.{name}")

@@ -284,41 +284,73 @@ class CoeIterationScale(nn.Module):
 
 
 class ExpertChain:
-    """The chain of one layer, for decoder layers made of any engine's parts.
+    """The chain of one layer, for decoder layers of any engine's parts. Reads what `build_chain` has set, and the
+    modules `post_attention_layernorm` and `mlp` (called as [`CoeMoE`])."""
 
-    Reads `num_iterations`, `residual_rule`, `residual_multiplier`, the modules `post_attention_layernorm` and `mlp`
-    (called as [`CoeMoE`]), and `iteration_scale` where the rule has scales.
-    """
+    def build_chain(self, config: CoeConfig, layer_idx: int, norm: type[nn.Module]) -> None:
+        """Gives layer `layer_idx` what its chain has, if it has one; `norm` is the engine's class."""
+        self.num_iterations = config.num_iterations(layer_idx)
+        self.residual_rule = config.residual_rule_of(layer_idx)
+        if not self.num_iterations:
+            return
+        self.output_multiplier, self.reinject = config.output_multiplier(layer_idx), config.reinject
+        self.iteration_norms = self.branch_norms = None
+        # Only these rules have the un-normalised stream to read.
+        self.chains_stream = config.iteration_norm and self.residual_rule in ("prenorm", "refine", "split")
+
+        def norms(count: int) -> nn.ModuleList:
+            return nn.ModuleList([norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(count)])
+
+        if config.iteration_norm and self.num_iterations > 1:
+            self.iteration_norms = norms(self.num_iterations - 1)
+        if config.branch_norm:
+            self.branch_norms = norms(self.num_iterations)
+        if self.residual_rule in ("refine", "split"):
+            self.iteration_scale = CoeIterationScale(self.num_iterations, config.hidden_size)
 
     def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs the C iterations on the residual stream `h` (B, S, H) and returns the layer's output, of that shape."""
-        rule = self.residual_rule
-        used_experts = None
-        x = x_0 = self.post_attention_layernorm(hidden_states)
+        rule, used_experts = self.residual_rule, None
+        x = self.post_attention_layernorm(hidden_states)
+        z = z_0 = hidden_states if self.chains_stream else x
         with sharing_weights(self.mlp.experts):
             for iteration in range(self.num_iterations):
+                if iteration > 0:
+                    x = self.read(z_0, z, iteration)
                 y, chosen_experts = self.mlp(x, iteration, used_experts)
-                y = scaled(y, self.residual_multiplier)
+                y = self.scale_output(y, iteration)
                 if rule == "split":
                     used_experts = chosen_experts if iteration == 0 else torch.cat((used_experts, chosen_experts), -1)
                 if rule in ("prenorm", "split"):
                     hidden_states = hidden_states + y
-                x = self.next_input(x_0, x, y, iteration)
+                z = self.step(z_0, z, y, iteration)
         if rule in ("prenorm", "split"):
             return hidden_states
         if rule == "refine":
             return hidden_states + y
-        return hidden_states + x if rule in ("outer", "both") else x
+        return hidden_states + z if rule in ("outer", "both") else z
 
-    def next_input(self, x_0: torch.Tensor, x: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
-        """`x_{t+1}` from the chain's first input, the iteration's input and its output, all (B, S, H)."""
+    def read(self, z_0: torch.Tensor, z: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`x_t` for t > 0, what the experts read: `z_t`, with some of `z_0` and through a norm where there are such
+        options."""
+        if self.reinject is not None:
+            z = z + self.reinject / (iteration + 1) * (z_0 - z)
+        return z if self.iteration_norms is None else self.iteration_norms[iteration - 1](z)
+
+    def scale_output(self, y: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`y_t` of what the experts return, normed and scaled where there are such options."""
+        y = y if self.branch_norms is None else self.branch_norms[iteration](y)
+        return scaled(y, self.output_multiplier)
+
+    def step(self, z_0: torch.Tensor, z: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`z_{t+1}` by the residual rule, all (B, S, H)."""
         if self.residual_rule in ("inner", "both", "prenorm"):
-            return x + y
+            return z + y
         if self.residual_rule == "init":
-            return x_0 + y
+            return z_0 + y
         if self.residual_rule in ("refine", "split"):
             is_last = iteration == self.num_iterations - 1
-            return x if is_last else x + self.iteration_scale(y, iteration)
+            return z if is_last else z + self.iteration_scale(y, iteration)
         return y
 
 
@@ -328,16 +360,14 @@ class CoeDecoderLayer(ExpertChain, GradientCheckpointingLayer):
     def __init__(self, config: CoeConfig, layer_idx: int):
         super().__init__()
         backbone = BACKBONE_MODULES[config.backbone]
-        self.num_iterations = config.num_iterations(layer_idx)
-        self.is_sparse = self.num_iterations > 0
-        self.residual_rule = config.residual_rule_of(layer_idx)
+        self.is_sparse = config.is_sparse_layer(layer_idx)
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = backbone.attention(config, layer_idx)
         self.mlp = CoeMoE(config, layer_idx) if self.is_sparse else DeepseekV2MLP(config)
         self.input_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = backbone.norm(config.hidden_size, eps=config.rms_norm_eps)
-        if self.is_sparse and self.residual_rule in ("refine", "split"):
-            self.iteration_scale = CoeIterationScale(self.num_iterations, config.hidden_size)
+        self.build_chain(config, layer_idx, backbone.norm)
+        if hasattr(self, "iteration_scale"):
             self.register_load_state_dict_pre_hook(rename_iteration_scale)
 
     @takes_cache

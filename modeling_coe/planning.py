@@ -436,6 +436,7 @@ def _layer_bytes(config: CoeConfig, layer_idx: int, tokens: int, precision: Prec
     if not config.is_sparse_layer(layer_idx):
         return tokens * (bytes_per_token + _mlp_bytes(config.intermediate_size // tp_size, hidden, precision))
     iterations = config.num_iterations(layer_idx)
+    bytes_per_token += norm * (config.iteration_norm * (iterations - 1) + config.branch_norm * iterations)
     for iteration in range(iterations):
         bytes_per_token += _iteration_bytes(config, layer_idx, iteration, precision, tp_size)
     router_weights = 0 if stream == 4 else 4 * config.n_routed_experts * hidden * iterations  # copies in float32

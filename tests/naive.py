@@ -3,6 +3,8 @@
 It shares no code with the model: plain loops over tokens, iterations and experts, autograd for the gradients.
 """
 
+import math
+
 import torch
 from torch.nn.functional import silu
 
@@ -52,8 +54,17 @@ def chain(hidden_states: torch.Tensor, parameters: dict[str, torch.Tensor], conf
     outputs = []
     for h in hidden_states:
         x_0 = rms_norm(h, parameters["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x, total, used = x_0, torch.zeros_like(h), ()
+        # What iterations add to and pass on, and what the first of them passes on.
+        reads_stream = config.iteration_norm and (config.prenorm_residual or config.upcycling is not None)
+        z_0 = h if reads_stream else x_0
+        z, total, used = z_0, torch.zeros_like(h), ()
         for t in range(config.inner_iter):
+            x = x_0
+            if t > 0:
+                share = 0.0 if config.reinject is None else config.reinject / (t + 1)
+                x = (1 - share) * z + share * z_0
+                if config.iteration_norm:
+                    x = rms_norm(x, parameters[f"iteration_norms.{t - 1}.weight"], config.rms_norm_eps)
             gate = f"mlp.gate.{t}" if config.use_igate else "mlp.gate"
             y = torch.zeros_like(x)
             bias = parameters.get(f"{gate}.e_score_correction_bias")
@@ -69,20 +80,24 @@ def chain(hidden_states: torch.Tensor, parameters: dict[str, torch.Tensor], conf
                 if config.backbone == "qwen2_moe":
                     shared_output = torch.sigmoid(parameters["mlp.shared_expert_gate.weight"] @ x) * shared_output
                 y = y + shared_output
+            if config.branch_norm:
+                y = rms_norm(y, parameters[f"branch_norms.{t}.weight"], config.rms_norm_eps)
+            if config.residual_scale is not None:
+                y = config.residual_scale / (config.inner_iter * math.sqrt(config.num_hidden_layers)) * y
             y = config.residual_multiplier * y
             total = total + y
             if config.upcycling is not None:
-                x = x + parameters["iteration_scale.weight"][t] * y if t < config.inner_iter - 1 else x
+                z = z + parameters["iteration_scale.weight"][t] * y if t < config.inner_iter - 1 else z
             elif config.init_residual:
-                x = y + x_0
+                z = y + z_0
             elif config.inner_residual:
-                x = y + x
+                z = y + z
             else:
-                x = y
+                z = y
         if config.prenorm_residual or config.upcycling == "split":
             outputs.append(h + total)
         elif config.upcycling == "refine":
             outputs.append(h + y)
         else:
-            outputs.append(h + x if config.outer_residual else x)
+            outputs.append(h + z if config.outer_residual else z)
     return torch.stack(outputs)

@@ -184,6 +184,17 @@ def test_a_checkpoint_without_scales_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("norms", ["iteration_norms", "branch_norms"])
+def test_a_checkpoint_without_norms_of_iterations_is_refused(tmp_path, norms):
+    model = tiny_model(iteration_norm=True, branch_norm=True)
+    state_dict = {name: tensor for name, tensor in model.state_dict().items() if f"1.{norms}.0" not in name}
+    model.save_pretrained(tmp_path, state_dict=state_dict)
+    with pytest.raises(ValueError, match=rf"layers\.1 lacks {norms}\.0\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0 has, beyond the model's, .*norms\.0\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{norms.replace("norms", "norm"): False})
+
+
 @pytest.mark.parametrize("case", UPCYCLED)
 def test_gradients_with_checkpointing_equal_those_without(case):
     model = randomize(tiny_model(**UPCYCLED[case])).train()

@@ -39,16 +39,28 @@ ROUTERS = {
 }
 
 
+# Options that stabilise a chain, each alone and all together.
+STABILISERS = {
+    "iteration_norm": {"iteration_norm": True},
+    "branch_norm": {"branch_norm": True},
+    "residual_scale": {"residual_scale": 1.7},
+    "reinject": {"reinject": 0.8},
+}
+STABILISERS["all"] = {name: value for option in STABILISERS.values() for name, value in option.items()}
+
+
 def make_layer(config, seed: int, dtype: torch.dtype) -> CoeDecoderLayer:
     torch.manual_seed(seed)
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     layer = CoeDecoderLayer(config, layer_idx=0)
     if dtype == torch.float64:  # transformers' norm rounds to float32
-        layer.post_attention_layernorm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        norm = type(layer.input_layernorm)
+        for name in [name for name, module in layer.named_modules() if type(module) is norm]:
+            layer.set_submodule(name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
     layer = layer.to(dtype)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            torch.nn.init.normal_(parameter, mean=float("layernorm" in name), std=0.2)
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
         for buffer in layer.buffers():
             torch.nn.init.normal_(buffer, std=0.1)
     return layer
@@ -116,6 +128,7 @@ def routing_margin(layer, hidden_states) -> float:
     identical_tokens=st.booleans(),
     backbone=st.sampled_from(["deepseek_v2", "qwen2_moe"]),
     residual_multiplier=st.sampled_from([1.0, 0.4]),
+    stabilisers=st.sampled_from([{}, *STABILISERS.values()]),
     seed=st.integers(0, 2**31),
 )
 def test_chain_equals_naive_loop(
@@ -129,6 +142,7 @@ def test_chain_equals_naive_loop(
     identical_tokens,
     backbone,
     residual_multiplier,
+    stabilisers,
     seed,
 ):
     if rule in ("refine", "split"):
@@ -145,6 +159,7 @@ def test_chain_equals_naive_loop(
         n_shared_experts=n_shared_experts,
         backbone=backbone,
         residual_multiplier=residual_multiplier,
+        **stabilisers,
         **RESIDUAL_RULES[rule],
         **ROUTERS[router],
     )
@@ -159,6 +174,24 @@ def test_chain_equals_naive_loop(
         compare_with_naive(layer, config, hidden_states.clone(), backend, tolerance=1e-10)
     # torch's own has no float64 kernel on the CPU.
     compare_with_naive(layer.float(), config, hidden_states.float(), "torch_grouped_mm", tolerance=2e-4)
+
+
+@pytest.mark.parametrize("inner_iter", [1, 2, 3])
+@pytest.mark.parametrize("option", STABILISERS)
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
+def test_stabilised_chain_equals_naive_loop(rule, option, inner_iter):
+    if rule in ("refine", "split") and inner_iter == 1:
+        pytest.skip("converted chains have two iterations or more")
+    config = tiny_config(inner_iter=inner_iter, residual_multiplier=0.7, **RESIDUAL_RULES[rule], **STABILISERS[option])
+    layer = make_layer(config, 0, torch.float64)
+    hidden_states = torch.randn(5, config.hidden_size, dtype=torch.float64)
+    assert routing_margin(layer, hidden_states) > 1e-8  # more than rounding in float64
+    compare_with_naive(layer, config, hidden_states, "eager", tolerance=1e-10)
+    # With one iteration there is none that reads again.
+    moves = inner_iter > 1 or option in ("branch_norm", "residual_scale", "all")
+    plain = tiny_config(inner_iter=inner_iter, residual_multiplier=0.7, **RESIDUAL_RULES[rule])
+    expected = naive.chain(hidden_states, dict(layer.named_parameters()), plain)
+    assert torch.allclose(layer.chain(hidden_states[None])[0], expected) != moves
 
 
 @pytest.mark.parametrize("backend", EXPERTS_BACKENDS)

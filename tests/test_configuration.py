@@ -159,6 +159,13 @@ def test_residual_rules(flags):
         ({"chain_layers": [1, 2], "prenorm_residual": True}, ["chain_layers", "[2]", "[0, 1]"]),
         ({"chain_layers": [0], "mlp_only_layers": [0], "upcycling": "refine"}, ["chain_layers", "[0]", "[1]"]),
         ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
+        ({"residual_scale": 0.0}, ["residual_scale", "0.0", "greater than 0", "None"]),
+        ({"residual_scale": float("nan")}, ["residual_scale", "nan", "greater than 0"]),
+        ({"residual_scale": "1"}, ["residual_scale", "'1'"]),
+        ({"reinject": 0}, ["reinject", "0", "greater than 0", "None"]),
+        ({"reinject": 2.5}, ["reinject", "2.5", "at most 2"]),
+        ({"iteration_norm": 1}, ["iteration_norm", "1"]),
+        ({"branch_norm": None}, ["branch_norm", "None"]),
         ({"backbone": "llama", "num_attention_heads": 6}, ["hidden_size", "32", "num_attention_heads=6", "head_dim"]),
     ],
 )
@@ -290,6 +297,8 @@ def test_parameter_counts_equal_the_published_ones(layers, experts, iterations, 
     tie_word_embeddings=st.booleans(),
     first_k_dense_replace=st.integers(0, 3),
     mlp_bias=st.booleans(),
+    iteration_norm=st.booleans(),
+    branch_norm=st.booleans(),
 )
 def test_parameter_counts_equal_the_models(**fields):
     config = tiny_config(**fields)
@@ -299,6 +308,14 @@ def test_parameter_counts_equal_the_models(**fields):
     idle = max(0, 1 - config.inner_iter * config.num_experts_per_tok / config.n_routed_experts)
     idle_parameters = sum(p.numel() for module in experts for p in module.parameters()) * idle
     assert config.active_parameters == config.total_parameters - idle_parameters
+
+
+def test_factor_on_the_outputs_of_iterations():
+    fields = {"num_hidden_layers": 4, "inner_iter": 3, "prenorm_residual": True, "chain_layers": [2]}
+    assert tiny_config(residual_multiplier=0.5, **fields).output_multiplier(2) == 0.5
+    config = tiny_config(residual_multiplier=0.5, residual_scale=6, **fields)
+    assert config.output_multiplier(2) == pytest.approx(0.5 * 6 / (3 * 2))
+    assert config.output_multiplier(1) == pytest.approx(0.5 * 6 / 2)  # runs once
 
 
 def test_expert_flops():

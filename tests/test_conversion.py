@@ -215,6 +215,29 @@ def test_only_some_layers_are_chained(sources, tmp_path):
     assert_refused(source, tmp_path / "out", "0 cannot", "1, 2", options=Options(layers=(0, 1)))
 
 
+@pytest.mark.parametrize("mode", ["refine", "split"])
+def test_norms_of_iterations_start_as_copies(sources, tmp_path, mode):
+    source, chain = sources("qwen2_moe"), tmp_path / "chain"
+    options = Options(mode=mode, iteration_norm=True)
+    assert convert(source, chain, options, verify_tokens=24)["exact"]
+    model = assert_same_function(source, chain)
+    for layer in model.model.layers:
+        assert torch.equal(layer.iteration_norms[0].weight, layer.post_attention_layernorm.weight)
+    convert(chain, tmp_path / "back", Options(to="source"), verify_tokens=24)
+    assert_same_function(source, tmp_path / "back")
+    torch.nn.init.normal_(model.model.layers[1].iteration_norms[0].weight)
+    model.save_pretrained(tmp_path / "trained")
+    wrong = "1.iteration_norms.0.weight` is not `model.layers.1.post_attention_layernorm.weight`"
+    assert_refused(tmp_path / "trained", tmp_path / "out", wrong, options=Options(to="source"))
+
+
+@pytest.mark.parametrize("fields", [{"branch_norm": True}, {"residual_scale": 2.0}], ids=str)
+def test_what_a_family_cannot_hold_stays_in_the_chain(tmp_path, fields):
+    tiny_model(inner_iter=1, prenorm_residual=True, **fields).save_pretrained(tmp_path / "chain")
+    for target in ("source", "official"):
+        assert_refused(tmp_path / "chain", tmp_path / target, *fields, options=Options(to=target))
+
+
 @pytest.mark.parametrize("upcycle", ["copy", "slice"])
 @pytest.mark.parametrize(
     "name, options", [("llama", CHAINS[0]), ("llama", CHAINS[1]), *((name, CHAINS[3]) for name in DENSE_SOURCES)]

@@ -93,6 +93,14 @@ def test_figures_are_those_of_the_built_model(rule):
     assert rows["Expert combinations per layer"] == f"{combinations:,}"
 
 
+def test_options_that_stabilise_the_chain():
+    config = tiny_config(prenorm_residual=True, iteration_norm=True, residual_scale=2.0)
+    card = str(model_cards.render(config))
+    assert table(card)["Residual rule"] == "`prenorm`, `iteration_norm=True`, `residual_scale=2.0`"
+    assert "norms of their own" in card and "multiplied by 2.0 / (C sqrt(L))" in card
+    assert "branch_norm" not in card and "reinject" not in card
+
+
 def test_large_numbers_dense_layers_and_single_iterations():
     large = CoeConfig(n_routed_experts=512, num_experts_per_tok=64, inner_iter=16)
     assert re.fullmatch(r"\d\.\d{3}e\+\d{4}", table(str(model_cards.render(large)))["Expert combinations per layer"])

@@ -65,6 +65,7 @@ SHAPES = {
     "refine": {"backbone": "qwen3_moe", "upcycling": "refine", **GROUPED},
     "gated shared experts": {"backbone": "qwen2_moe", **GROUPED},
     "norms of all heads, C = 3": {"backbone": "olmoe", "inner_iter": 3, "prenorm_residual": True, **GROUPED},
+    "stabilised": {"v_head_dim": 32, "prenorm_residual": True, "iteration_norm": True, "branch_norm": True},
     "no shared experts": {"backbone": "mixtral", "n_shared_experts": 0, **GROUPED},
     "dense": {"backbone": "llama", "n_routed_experts": None, **GROUPED},
 }

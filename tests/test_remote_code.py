@@ -1,5 +1,6 @@
 """A saved folder loads where this package is not installed, from the code it carries."""
 
+import pytest
 import torch
 
 from .helpers import assert_equal_up_to_rounding, random_ids, run_isolated, tiny_model
@@ -38,8 +39,15 @@ torch.save(results, again + "/results.pt")
 """
 
 
-def test_folder_is_self_sufficient(tmp_path):
-    model = tiny_model(aux_loss_alpha=0.1, first_k_dense_replace=0)
+STABILISED = {"iteration_norm": True, "branch_norm": True, "residual_scale": 1.5, "reinject": 0.5}
+
+
+@pytest.mark.parametrize("fields", [{}, {"prenorm_residual": True, **STABILISED}], ids=["plain", "stabilised"])
+def test_folder_is_self_sufficient(tmp_path, fields):
+    model = tiny_model(aux_loss_alpha=0.1, first_k_dense_replace=0, **fields)
+    for name, parameter in model.named_parameters():
+        if "norms." in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     folder, again = tmp_path / "model", tmp_path / "again"
     model.save_pretrained(folder)
     input_ids = random_ids(2, 7)

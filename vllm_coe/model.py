@@ -31,7 +31,7 @@ from vllm.sequence import IntermediateTensors
 from configuration_coe import BACKBONES, CoeConfig
 from modeling_coe import CoeForCausalLM as CoeForCausalLMOfTransformers
 from modeling_coe.checkpoint import check_chain_keys, shorten
-from modeling_coe.modeling_coe import CoeIterationScale, ExpertChain, scaled
+from modeling_coe.modeling_coe import ExpertChain, scaled
 
 from .attention import build_attention
 from .configuration import module_name
@@ -45,12 +45,11 @@ class CoeDecoderLayer(ExpertChain, nn.Module):
         super().__init__()
         config: CoeConfig = vllm_config.model_config.hf_config
         layer_idx = int(prefix.rpartition(".")[2])
-        self.num_iterations = config.num_iterations(layer_idx)
-        self.residual_rule = config.residual_rule_of(layer_idx)
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = build_attention(vllm_config, layer_idx, f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.build_chain(config, layer_idx, RMSNorm)
         if not self.num_iterations:
             self.mlp = LlamaMLP(
                 config.hidden_size,
@@ -62,8 +61,6 @@ class CoeDecoderLayer(ExpertChain, nn.Module):
             )
             return
         self.mlp = CoeMoE(vllm_config, layer_idx, f"{prefix}.mlp")
-        if self.residual_rule in ("refine", "split"):
-            self.iteration_scale = CoeIterationScale(self.num_iterations, config.hidden_size)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         attention_output = self.self_attn(positions, self.input_layernorm(hidden_states))

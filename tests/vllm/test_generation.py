@@ -138,6 +138,16 @@ MODELS = {
         "norm_topk_prob": True,
         "attention_bias": True,
     },
+    "stabilised": {
+        "backbone": "qwen3",
+        "prenorm_residual": True,
+        "inner_iter": 3,
+        "chain_layers": [0, 2],
+        "iteration_norm": True,
+        "branch_norm": True,
+        "residual_scale": 4.0,
+        "reinject": 0.5,
+    },
     "dense": {"backbone": "qwen3", "n_routed_experts": None},
 }
 # A prefill of at most 32 tokens a step, blocks that hold fewer tokens than eight sequences need, and blocks kept for
