@@ -87,10 +87,21 @@ def flops_per_token(result: Mapping[str, Any]) -> float:
     width, num_layers, num_experts = (settings[name] for name in ("hidden_size", "num_layers", "num_experts"))
     all_experts = num_layers * (num_experts + settings["shared_experts"]) * 3 * width * settings["expert_width"]
     others = result["non_embedding_parameters"] - all_experts
+    again = settings["iterations"] - 1
     if settings["shared_router"]:  # a parameter once, used in every iteration
-        others += (settings["iterations"] - 1) * num_layers * num_experts * width
+        others += again * num_layers * num_experts * width
+    if settings["variant"] == "loop":  # so is attention here
+        others += again * num_layers * attention_weights(settings)
     head = (result["parameters"] - result["non_embedding_parameters"]) // 2
     return result["expert_flops_per_token"] + 2 * (others + head)
+
+
+def attention_weights(settings: Mapping[str, Any]) -> int:
+    """Weights of one layer's attention, with the proportions of `examples/pretrain.py`."""
+    width, heads = settings["hidden_size"], settings["num_heads"]
+    head, latent = width // heads, width // 2
+    rotary = head // 2
+    return width * (heads * (head + rotary) + latent + rotary) + latent * heads * 2 * head + heads * head * width
 
 
 # ---- The rule of the verdicts ---------------------------------------------------------------------------------------
@@ -271,9 +282,15 @@ class Evidence:
         return sorted(set.intersection(*map(set, found))) if found else []
 
     def final(self, result: dict[str, Any], split: str | None = None) -> float | None:
-        """The loss after the last step, of the main split or another; `None` where training diverged."""
-        step, loss = result["held_out"][split or result["split"]][-1]
-        return loss if step == self.scale.steps else None
+        """The mean loss of the last evaluations, of the main split or another; `None` where training diverged."""
+        curve = result["held_out"][split or result["split"]][-self.scale.late :]
+        losses = [loss for _, loss in curve]
+        return None if None in losses or curve[-1][0] != self.scale.steps else statistics.fmean(losses)
+
+    def loss_at(self, result: dict[str, Any], step: float) -> float:
+        """The mean loss of the last evaluations there would have been if training had ended at a step."""
+        curve, distance = curve_of(result), self.scale.shape["eval_steps"]
+        return statistics.fmean(interpolate(curve, step - late * distance) for late in range(self.scale.late))
 
     def timing(self, arm: Arm) -> dict[str, Any] | None:
         """The timing of an arm's training step."""
@@ -295,13 +312,14 @@ class Evidence:
         """Losses of the arm and of the other, seed by seed, when both have spent what the cheaper one spends in all
         its steps, or in a share of them. Seeds for which one diverged are left out."""
         costs = self.cost(contrast.arm, measure), self.cost(contrast.against, measure)
-        if None in costs:
-            return []
+        is_constant = self.scale.schedule == "constant_with_warmup"
+        if None in costs or not (is_constant or (measure == "steps" and share == 1)):
+            return []  # where the rate falls, a curve's middle is not what a shorter run would reach
         budget = share * self.scale.steps * min(costs)
         runs, others = self.runs(contrast.arm), self.runs(contrast.against)
         ends = [min(budget / cost, self.scale.steps) for cost in costs]
         return [
-            (interpolate(curve_of(runs[seed]), ends[0]), interpolate(curve_of(others[seed]), ends[1]))
+            (self.loss_at(runs[seed], ends[0]), self.loss_at(others[seed], ends[1]))
             for seed in sorted(runs.keys() & others.keys())
             if None not in (self.final(runs[seed]), self.final(others[seed]))
         ]

@@ -96,6 +96,7 @@ def pairs_of(experiment: Experiment, difference: Estimate | None) -> str:
 def setting(evidence: Evidence) -> list[str]:
     """What was run, and on what."""
     scale, shape = evidence.scale, evidence.scale.shape
+    is_constant = scale.schedule == "constant_with_warmup"
     stages, complete = plan(scale, evidence.results)
     planned = {run.id for stage in stages.values() for run in stage}
     trained = [result for result in evidence.results.values() if result["settings"]["kind"] == "train"]
@@ -117,13 +118,20 @@ def setting(evidence: Evidence) -> list[str]:
         f"{shape['steps']:,} steps of {shape['batch_size']} x {shape['block_size']} tokens, "
         f"{scale.steps * scale.tokens_per_step / 1e6:.2f} million in all; AdamW with betas 0.9 and "
         f"{COMMON_OPTIONS['beta2']:g}, weight decay {COMMON_OPTIONS['weight_decay']:g}, gradients clipped at 1; "
-        f"learning rate constant after {shape['warmup_steps']} steps of warm-up; balancing loss "
+        f"learning rate {'constant' if is_constant else 'falling to zero as a cosine'} after {shape['warmup_steps']} "
+        "steps of warm-up; balancing loss "
         f"{COMMON_OPTIONS['aux_loss']:g}. Held-out data: at most {shape['eval_blocks']} blocks of "
         f"{shape['block_size']} tokens; {'; '.join(held_out)}.",
         "",
         f"{used} training runs on {'; '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         + (f"; {len(trained) - used} more in the file are of no experiment." if used < len(trained) else "."),
         "",
+        *([f"The loss of a run is the mean of its last {scale.late} evaluations.", ""] if scale.late > 1 else []),
+        *(
+            []
+            if is_constant
+            else ["Equal FLOPs and seconds are not compared: a curve's middle is no shorter run.", ""]
+        ),
         *([scale.note, ""] if scale.note else []),
         *revisions(evidence),
         *missing_runs(evidence, stages, complete),
@@ -262,29 +270,43 @@ def claim_row(evidence: Evidence, experiment: Experiment, finding: Finding) -> l
 
 def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
-    scale, rates = evidence.scale, evidence.scale.learning_rates
+    scale = evidence.scale
     own = [arm for experiment in scale.experiments for arm in experiment.arms if arm.own_lr]
+    if scale.tunes_on_main:
+        own = list(dict.fromkeys(replace(arm, data="main") for arm in own))
+    common = BASELINES if scale.needs_common_rate else ()
+    grids = {arm: tuning_runs(scale, [arm], evidence.results) for arm in (*common, *own)}
+    rates = sorted({run.lr for grid in grids.values() for run in grid})
     rows, on_edge = [], []
-    for arm in (*BASELINES, *own):
-        grid = tuning_runs(scale, [arm])
-        losses = [mean_loss(evidence.results, (run for run in grid if run.lr == rate)) for rate in rates]
-        best = min((loss for loss in losses if loss is not None), default=None)
-        cells = ["diverged" if loss == float("inf") else number(loss) for loss in losses]
-        if best is not None:
-            column = losses.index(best)
-            cells[column] = f"**{cells[column]}**"
-            on_edge += [arm.label] if column in (0, len(rates) - 1) else []
-        rows.append([arm.label, scale.data[arm.data].name, str(len(grid) // len(rates)), *cells])
-    lines = [
-        "Mean held-out losses of the grid, over seeds that no other run has. The rate with the lowest mean over the "
-        "two baselines (the first two rows) is that of all runs but those with their own.",
+    for arm, grid in grids.items():
+        means = {run.lr: mean_loss(evidence.results, (each for each in grid if each.lr == run.lr)) for run in grid}
+        cells = {rate: "diverged" if loss == float("inf") else number(loss) for rate, loss in means.items()}
+        if (best := min((loss for loss in means.values() if loss is not None), default=None)) is not None:
+            chosen = next(rate for rate, loss in means.items() if loss == best)
+            cells[chosen] = f"**{cells[chosen]}**"
+            on_edge += [arm.label] if chosen in (min(means), max(means)) else []
+        seeds = str(len({run.seed for run in grid}))
+        rows.append([arm.label, scale.data[arm.data].name, seeds, *(cells.get(rate, "-") for rate in rates)])
+    lines = ["Mean held-out losses of the grid, over seeds that no other run has."]
+    if common:
+        lines[0] += (
+            " The rate with the lowest mean over the two baselines (the first two rows) is that of all runs but those "
+            "with their own."
+        )
+    if scale.extends_grid:
+        lines[0] += " A model whose best rate lies at an edge of its grid gets the next one."
+    if scale.tunes_on_main:
+        lines[0] += " Every model has its own rate, and the same one on other data."
+    lines += [
         "",
         *table(("model", "data", "seeds", *(f"{rate:g}" for rate in rates)), rows),
         *([f"**At the edge of the grid**: {'; '.join(on_edge)}.", ""] if on_edge else []),
     ]
+    if not common:
+        return lines
     if (chosen := evidence.rate) is None:
         return [*lines, "Not chosen yet.", ""]
-    edge = chosen in (min(rates), max(rates))
+    edge = chosen in (min(scale.learning_rates), max(scale.learning_rates))
     return [*lines, f"Chosen: {chosen:g}{', which lies at the edge of the grid' if edge else ''}.", ""]
 
 

@@ -29,6 +29,8 @@ FIGURES = (
     "non_embedding_parameters",
     "expert_flops_per_token",
     "routing",
+    "mechanism",
+    "exact_match",
 )
 
 
@@ -77,9 +79,10 @@ def plain(value: Any) -> Any:
 
 
 def differing_figures(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Names of the figures that differ between two files, by the id of each training run that both have."""
+    """Names of the figures that differ between two files, by the id of each training run that both have. The first
+    runs' lines lack some, which are not compared."""
     return {
-        id: [name for name in FIGURES if first[id].get(name) != second[id].get(name)]
+        id: [name for name in FIGURES if name in first[id] and first[id][name] != second[id].get(name)]
         for id in first
         if id in second and first[id]["settings"]["kind"] == "train"
     }

@@ -19,18 +19,20 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
-from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, REFERENCE, Arm, Experiment
+from benchmarks.paper.experiments import BASELINES, EXPERIMENTS, REFERENCE, RENORM, Arm, Experiment
 
 
 TIMING_SEED, TIMING_RATE = 0, 1e-4
 WARM_UP = 3  # steps of a timing that do not count
 # Options that all runs have in common.
-COMMON_OPTIONS = {"schedule": "constant_with_warmup", "weight_decay": 0.01, "beta2": 0.95, "aux_loss": 0.001}
+COMMON_OPTIONS = {"weight_decay": 0.01, "beta2": 0.95, "aux_loss": 0.001}
 COMMON_OPTIONS |= {"model": None, "init_range": None}
 CPU_KERNEL = "grouped_mm"  # of the experts: a run that is computed again has the same bits
 # Settings that `examples/pretrain.py` does not have.
-OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference")
+OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference", "problems")
 Kind = Literal["train", "timing"]
+STABILISED_EXPERIMENTS = ("stabilised", "stabilised_second_data")
+PAPER_EXPERIMENTS = tuple(name for name in EXPERIMENTS if name not in (*STABILISED_EXPERIMENTS, "ladder"))
 
 
 # ---- Scales ---------------------------------------------------------------------------------------------------------
@@ -83,12 +85,17 @@ class Scale:
         own_tuning_seeds (`tuple[int, ...]`): Those of them that an arm's own grid has.
         seeds (`tuple[int, ...]`): As many as the experiments with most seeds want.
         data (`dict[str, Data]`): Those of the arms' `data`.
-        names (`tuple[str, ...]`): Of the experiments, all by default.
+        names (`tuple[str, ...]`): Of the experiments, by default those that the paper made and those that answer it.
         on_second_data (`tuple[str, ...]`): Names of those that use the second data set instead of the main one.
         bf16 (`bool`): Trains in mixed precision.
         minutes (`float`): Rough time of a run of MoE(8/64), to estimate with.
         jobs (`int`): Runs at a time.
         timed_steps (`int`): Pairs of steps in a timing run.
+        schedule (`str`): Of the learning rate.
+        late (`int`): The loss of a run is the mean of its last so many evaluations.
+        problems (`int`): Held-out problems of each split that a trained model is asked to solve.
+        extends_grid (`bool`): An arm of its own rate whose best lies at an edge of the grid gets the next rate.
+        tunes_on_main (`bool`): An arm of its own rate has that of the main data on the second data set too.
         note (`str`): What a reader of its results should know.
     """
 
@@ -101,12 +108,17 @@ class Scale:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     tuning_seeds: tuple[int, ...] = (0,)
     own_tuning_seeds: tuple[int, ...] = (0,)
-    names: tuple[str, ...] = tuple(EXPERIMENTS)
+    names: tuple[str, ...] = PAPER_EXPERIMENTS
     on_second_data: tuple[str, ...] = ()
     bf16: bool = False
     minutes: float = 1.0
     jobs: int = 1
     timed_steps: int = 15
+    schedule: str = "constant_with_warmup"
+    late: int = 1
+    problems: int = 0
+    extends_grid: bool = False
+    tunes_on_main: bool = False
     note: str = ""
 
     @cached_property
@@ -117,6 +129,11 @@ class Scale:
     def experiment(self, name: str) -> Experiment:
         """One of them, with the scale's data."""
         return EXPERIMENTS[name].on("second") if name in self.on_second_data else EXPERIMENTS[name]
+
+    @property
+    def needs_common_rate(self) -> bool:
+        """Whether any arm has the learning rate that is tuned for the baselines."""
+        return any(not arm.own_lr for experiment in self.experiments for arm in experiment.arms)
 
     @property
     def steps(self) -> int:
@@ -145,6 +162,24 @@ def _shape(
     }
 
 
+def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], **shape: int) -> Scale:
+    """A rung of the ladder: today's size but for what `shape` says, and a rate that falls to zero, so that every rung
+    is a whole training run. On the data without end."""
+    common = {"hidden": 64, "heads": 4, "vocab": 1024, "block": 128, "batch": 8, "steps": 500}
+    return Scale(
+        f"ladder-{name}",
+        f"the ladder's rung of {about}",
+        _shape(**common | shape, evals=10, eval_blocks=128),
+        layers=4,
+        learning_rates=rates,
+        data={"main": ARITHMETIC, "second": GSM8K},
+        names=("ladder",),
+        schedule="cosine",
+        problems=200,
+        minutes=minutes,
+    )
+
+
 HEADLINE = ("figure_3a", "residual_rules", "own_learning_rates")
 SCALES = {
     scale.name: scale
@@ -171,7 +206,7 @@ SCALES = {
             tuning_seeds=(0, 100, 200),
             data={"main": ARITHMETIC, "second": GSM8K},
             # Pairs of seeds differ less there.
-            on_second_data=tuple(name for name in EXPERIMENTS if name not in ("figure_3a", "residual_rules")),
+            on_second_data=tuple(name for name in PAPER_EXPERIMENTS if name not in ("figure_3a", "residual_rules")),
             minutes=2.6,
             jobs=2,
             note="Changed after the first results, by how much seeds differ: the grid of learning rates was extended "
@@ -206,6 +241,26 @@ SCALES = {
             bf16=True,
             minutes=17.0,
         ),
+        Scale(
+            "stabilised",
+            "a night on one CPU core",
+            _shape(hidden=64, heads=4, vocab=1024, block=128, batch=8, steps=500, evals=10, eval_blocks=128),
+            layers=4,
+            learning_rates=(2e-3, 4e-3, 8e-3),
+            data={"main": GSM8K, "second": ARITHMETIC},
+            names=STABILISED_EXPERIMENTS,
+            schedule="cosine",
+            extends_grid=True,
+            tunes_on_main=True,
+            minutes=2.4,
+            note="NOTE",
+        ),
+        # In the order in which they are to be run.
+        _rung("0.5m", "0.5 million tokens and width 64", 2.4, (2e-3, 4e-3)),
+        _rung("2m", "2 million tokens", 9.0, (2e-3, 4e-3), steps=2000),
+        _rung("128", "width 128", 6.0, (2e-3, 4e-3), hidden=128),
+        _rung("256", "width 256", 22.0, (1e-3, 2e-3), hidden=256),
+        _rung("8m", "8 million tokens", 36.0, (2e-3, 4e-3), steps=8000),
     )
 }
 
@@ -236,6 +291,7 @@ class Run:
             "data_set": data.name,
             "split": data.split,
             **data.options,
+            "schedule": self.scale.schedule,
             **COMMON_OPTIONS,
             **shape,
             "save_steps": shape["log_steps"],
@@ -246,9 +302,13 @@ class Run:
             "iterations": 1 if arm.variant == "held" else arm.iterations,  # it has one router, called once
             "residual": arm.residual,
             "shared_router": arm.shared_router,
+            # Where they are off they are left out: the first runs know nothing of them.
+            **({} if arm.variant == RENORM else arm.stabilisers),
             "lr": self.lr,
             "seed": self.seed,
         }
+        if self.scale.problems:
+            settings["problems"] = self.scale.problems
         if self.kind == "train":
             return settings
         steps = self.scale.timed_steps
@@ -281,6 +341,7 @@ class Run:
     def options(self, data_root: str) -> dict[str, Any]:
         """The settings that `examples/pretrain.py` has too, with the folder of the data."""
         options = {name: value for name, value in self.settings.items() if name not in OWN_SETTINGS}
+        options = self.arm.model.options | options
         texts = {name: value.replace("{root}", data_root) for name, value in options.items() if isinstance(value, str)}
         return options | texts
 
@@ -294,33 +355,54 @@ class Run:
         return cls(scale, Arm(**values.pop("arm")), **values)
 
 
-def final_loss(result: Mapping[str, Any]) -> float:
-    """The last held-out loss of a result's main split; infinite where training diverged."""
-    loss = result["held_out"][result["split"]][-1][1]
-    return float("inf") if loss is None else loss
+def final_loss(result: Mapping[str, Any], late: int) -> float:
+    """The mean of the last `late` held-out losses of a result's main split; infinite where training diverged."""
+    losses = [loss for _, loss in result["held_out"][result["split"]][-late:]]
+    return float("inf") if None in losses else statistics.fmean(losses)
 
 
-def tuning_runs(scale: Scale, arms: Iterable[Arm]) -> list[Run]:
-    """The grid of learning rates, of the baselines or of arms with their own."""
-    return [
-        Run(scale, replace(arm, own_lr=False), lr, seed)
-        for arm in arms
-        for lr, seed in product(scale.learning_rates, scale.own_tuning_seeds if arm.own_lr else scale.tuning_seeds)
-    ]
+def tuning_runs(scale: Scale, arms: Iterable[Arm], results: Mapping[str, Any] | None = None) -> list[Run]:
+    """The grid of learning rates, of the baselines or of arms with their own, as far as `results` let it be known."""
+    runs = []
+    for arm in arms:
+        seeds = scale.own_tuning_seeds if arm.own_lr else scale.tuning_seeds
+        tuned = replace(arm, own_lr=False, data="main" if arm.own_lr and scale.tunes_on_main else arm.data)
+        rates = grid_of(scale, tuned, seeds, results or {}) if arm.own_lr else scale.learning_rates
+        runs += [Run(scale, tuned, lr, seed) for lr, seed in product(rates, seeds)]
+    return runs
+
+
+def grid_of(scale: Scale, arm: Arm, seeds: Iterable[int], results: Mapping[str, Any]) -> tuple[float, ...]:
+    """The scale's learning rates and, where it extends them, those that an arm's best has led to beyond their ends, in
+    rising order. Every next one is twice or half the last."""
+    rates = tuple(sorted(scale.learning_rates))
+    while scale.extends_grid:
+        means = {rate: mean_loss(results, [Run(scale, arm, rate, seed) for seed in seeds]) for rate in rates}
+        if None in means.values():
+            break
+        best = min(means, key=means.get)
+        if best == rates[0]:
+            rates = (rates[0] / 2, *rates)
+        elif best == rates[-1]:
+            rates = (*rates, 2 * rates[-1])
+        else:
+            break
+    return rates
 
 
 def mean_loss(results: Mapping[str, Any], runs: Iterable[Run]) -> float | None:
-    """The mean of the last losses, infinite where one diverged; `None` while a run is missing."""
+    """The mean of the runs' losses, infinite where one diverged; `None` while a run is missing."""
     runs = list(runs)
     if any(run.id not in results for run in runs):
         return None
-    return statistics.fmean(final_loss(results[run.id]) for run in runs)
+    return statistics.fmean(final_loss(results[run.id], run.scale.late) for run in runs)
 
 
 def best_rate(scale: Scale, results: Mapping[str, Any], arms: Iterable[Arm]) -> float | None:
     """The learning rate of the grid with the lowest mean loss over arms and seeds; `None` while a run is missing."""
-    runs = tuning_runs(scale, arms)
-    means = {rate: mean_loss(results, (run for run in runs if run.lr == rate)) for rate in scale.learning_rates}
+    runs = tuning_runs(scale, arms, results)
+    rates = dict.fromkeys(run.lr for run in runs)
+    means = {rate: mean_loss(results, (run for run in runs if run.lr == rate)) for rate in rates}
     return None if None in means.values() else min(means, key=means.get)
 
 
@@ -349,10 +431,11 @@ def plan(
         The runs by experiment, and whether these are all: those after an unfinished grid depend on it.
     """
     experiments = [scale.experiment(name) for name in only or scale.names]
-    stages = {"learning_rate": tuning_runs(scale, BASELINES)}
+    stages = {"learning_rate": tuning_runs(scale, BASELINES) if scale.needs_common_rate else []}
     complete = True
     for experiment in experiments:
-        stage = stages[experiment.name] = tuning_runs(scale, (arm for arm in experiment.arms if arm.own_lr))
+        own = [arm for arm in experiment.arms if arm.own_lr]
+        stage = stages[experiment.name] = tuning_runs(scale, own, results)
         rates = {arm: learning_rate(scale, results, arm) or assumed_rate for arm in experiment.arms}
         if None in rates.values():
             complete = False

@@ -4,13 +4,17 @@
 Every variant starts as the model it is made from, with the same weights for the same seed.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
+from benchmarks.paper.experiments import RENORM
 from modeling_coe import CoeConfig, CoeForCausalLM
 from modeling_coe.backbones import BACKBONE_MODULES
 from modeling_coe.experts import sharing_weights
-from modeling_coe.modeling_coe import CoeDecoderLayer
+from modeling_coe.modeling_coe import CoeDecoderLayer, scaled
 
 
 class ScalarLayer(CoeDecoderLayer):
@@ -45,26 +49,63 @@ class HeldLayer(CoeDecoderLayer):
         return hidden_states if self.residual_rule == "prenorm" else x
 
 
-class RenormLayer(CoeDecoderLayer):
-    """The pre-norm chain whose iterations all read the stream through a norm, each its own."""
+class LoopLayer(CoeDecoderLayer):
+    """Iterates over the whole layer, attention and experts, with one attention for all iterations: `iteration_norm`
+    gives attention norms too, `reinject` and `residual_scale` are for both, `branch_norm` for the experts. It keeps no
+    cache, so generation computes all positions again."""
 
     def extend(self, config: CoeConfig) -> None:
+        config.use_cache = False
         norm = BACKBONE_MODULES[config.backbone].norm
-        self.norms = nn.ModuleList(
-            [norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(self.num_iterations - 1)]
-        )
+        count = self.num_iterations - 1 if config.iteration_norm else 0
+        self.attention_norms = nn.ModuleList([norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(count)])
 
-    def chain(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def attention(self, iteration: int) -> nn.Module:
+        return self.self_attn
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        first = hidden_states
+        attention_norms, norms = [
+            [own, *later] if later else [own] * self.num_iterations
+            for own, later in (
+                (self.input_layernorm, self.attention_norms),
+                (self.post_attention_layernorm, self.iteration_norms),
+            )
+        ]
         with sharing_weights(self.mlp.experts):
-            for iteration, norm in enumerate([self.post_attention_layernorm, *self.norms]):
-                y, _ = self.mlp(norm(hidden_states), iteration)
-                hidden_states = hidden_states + y
+            for t in range(self.num_iterations):
+                read = hidden_states
+                if t > 0 and self.reinject is not None:
+                    read = read + self.reinject / (t + 1) * (first - read)
+                attended, _ = self.attention(t)(hidden_states=attention_norms[t](read), **kwargs)
+                attended = scaled(attended, self.output_multiplier)
+                y, _ = self.mlp(norms[t](read + attended), t)
+                hidden_states = hidden_states + attended + self.scale_output(y, t)
         return hidden_states
 
 
-VARIANTS = {"scalar": ScalarLayer, "held": HeldLayer, "renorm": RenormLayer}
+class LoopOwnLayer(LoopLayer):
+    """The same with an attention of its own for every iteration."""
+
+    def extend(self, config: CoeConfig) -> None:
+        super().extend(config)
+        self.later_attentions = nn.ModuleList([copy.deepcopy(self.self_attn) for _ in range(self.num_iterations - 1)])
+        for weight in self.later_attentions.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=config.initializer_range)
+
+    def attention(self, iteration: int) -> nn.Module:
+        return self.later_attentions[iteration - 1] if iteration else self.self_attn
+
+
+VARIANTS = {"scalar": ScalarLayer, "held": HeldLayer, "loop": LoopLayer, "loop_own": LoopOwnLayer}
 # Residual rules that a variant knows.
-VARIANT_RULES = {"scalar": ("inner", "prenorm"), "held": ("inner", "prenorm"), "renorm": ("prenorm",)}
+VARIANT_RULES = {
+    "scalar": ("inner", "prenorm"),
+    "held": ("inner", "prenorm"),
+    "loop": ("prenorm",),
+    "loop_own": ("prenorm",),
+}
 
 
 def build_model(config: CoeConfig, variant: str | None = None) -> CoeForCausalLM:
@@ -74,7 +115,7 @@ def build_model(config: CoeConfig, variant: str | None = None) -> CoeForCausalLM
         ValueError: The variant does not know the residual rule.
     """
     model = CoeForCausalLM(config)
-    if variant is None:
+    if variant in (None, RENORM):
         return model
     if config.residual_rule not in VARIANT_RULES[variant]:
         raise ValueError(

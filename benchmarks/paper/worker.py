@@ -15,12 +15,13 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pretrain
 import torch
-from recipe import corpus, report, training
+from recipe import answers, corpus, report, training
 from recipe.settings import REPORT_SETTINGS, START_SETTINGS
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -32,7 +33,7 @@ from benchmarks.paper.runs import SCALES, WARM_UP, Run
 from benchmarks.paper.variants import build_model, expert_flops_per_token
 from modeling_coe import CoeForCausalLM, cpu_kernels
 from modeling_coe.command_line import command, parse, setting
-from modeling_coe.diagnostics import measure_routing
+from modeling_coe.diagnostics import measure_iterations, measure_routing
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,8 @@ SOURCES = (
     "examples/tasks/question_answer.py",
     "benchmarks/paper/worker.py",
 )
+MECHANISM_BLOCKS = 32  # of the held-out split: every iteration of every layer is dropped once
+MAX_NEW_TOKENS = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -78,15 +81,15 @@ class Inputs:
     def __init__(self, run: Run, output_dir: str, data_root: str):
         self.settings, self.data_root = settings_of(run, output_dir, data_root), data_root
         self.bf16 = run.settings["bf16"]  # not what the machine can do
-        texts = corpus.load_corpus(self.settings, self.settings.seed)
-        self.tokenizer = corpus.choose_tokenizer(self.settings, texts)
-        self.train, self.held_out = corpus.pack_corpus(self.settings, texts, self.tokenizer)
+        self.texts = corpus.load_corpus(self.settings, self.settings.seed)
+        self.tokenizer = corpus.choose_tokenizer(self.settings, self.texts)
+        self.train, self.held_out = corpus.pack_corpus(self.settings, self.texts, self.tokenizer)
 
     def model(self, run: Run) -> CoeForCausalLM:
         """A new model for these data: of the run they were made for, or of another."""
         settings = settings_of(run, str(self.settings.output_dir), self.data_root)
         set_seed(run.seed)
-        return build_model(pretrain.build_config(settings, self.tokenizer), run.arm.variant)
+        return build_model(pretrain.build_config(settings, self.tokenizer), run.arm.model.variant)
 
     def trainer(self, model: CoeForCausalLM, **parts: Any) -> Trainer:
         """A trainer that writes nothing: a run that is killed is short enough to be made again."""
@@ -147,6 +150,26 @@ def routing_of(model: CoeForCausalLM, blocks: torch.Tensor, batch_size: int) -> 
     ]
 
 
+def mechanism_of(model: CoeForCausalLM, blocks: torch.Tensor, batch_size: int, variant: str | None) -> dict | None:
+    """What each iteration is worth; `None` of variants whose layers have none of their own."""
+    if variant in ("scalar", "held"):
+        return None
+    return measure_iterations(
+        model, ({"input_ids": batch, "labels": batch} for batch in blocks[:MECHANISM_BLOCKS].split(batch_size))
+    )
+
+
+def solved(model: CoeForCausalLM, inputs: Inputs, problems: int) -> dict[str, float | None]:
+    """Share of held-out problems whose final answer is right, by split; nothing where none are asked for."""
+    shares = {}
+    for split, texts in inputs.texts.held_out.items() if problems else ():
+        examples = list(islice(texts, problems))
+        prompts = corpus.encode_prompts(inputs.tokenizer, examples)
+        solutions = answers.solve(model.eval(), inputs.tokenizer, prompts, MAX_NEW_TOKENS)
+        shares[split] = answers.exact_match(examples, solutions)
+    return shares
+
+
 def size_of(model: CoeForCausalLM, variant: str | None) -> dict[str, int]:
     """Parameters, counted, and work."""
     config, total = model.config, sum(parameter.numel() for parameter in model.parameters())
@@ -196,6 +219,8 @@ def train(run: Run, data_root: str) -> dict[str, Any]:
         "peak_memory_above_start": peak - before,
         "peak_device_memory": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
         "routing": routing_of(model, inputs.held_out[split], inputs.settings.batch_size),
+        "mechanism": mechanism_of(model, inputs.held_out[split], inputs.settings.batch_size, run.arm.model.variant),
+        "exact_match": solved(model, inputs, run.scale.problems),
     }
 
 

@@ -5,10 +5,12 @@
         model(**batch)
     print(routing)
 
-`callbacks` logs them in training and `balancer` acts on them, `plots` draws them. From the shell,
+`callbacks` logs them in training and `balancer` acts on them, `plots` draws them; `iterations` measures what each
+iteration of the chains adds. From the shell,
 `coe-routing MODEL DATA --out DIR` (`cli`) measures and draws.
 """
 
+from .iterations import measure_iterations
 from .recording import find_coe_model, measure_routing, record_routing, routing_stability, watch_routers
 from .statistics import LayerRouting, RoutingStatistics
 
@@ -17,6 +19,7 @@ __all__ = [
     "LayerRouting",
     "RoutingStatistics",
     "find_coe_model",
+    "measure_iterations",
     "measure_routing",
     "record_routing",
     "routing_stability",

@@ -117,7 +117,8 @@ def watch_routers(model: nn.Module, receive: Callable[..., None], *, training_on
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, inside a `with` block."""
     was_training = model.training
     model.eval()
     try:
@@ -142,7 +143,7 @@ def measure_routing(model: nn.Module, batches: Iterable[Batch]) -> RoutingStatis
     Returns:
         `RoutingStatistics`: Of all batches.
     """
-    with _evaluating(model), record_routing(model) as statistics:
+    with evaluating(model), record_routing(model) as statistics:
         for batch in batches:
             _run(model, batch)
     return statistics
@@ -176,7 +177,7 @@ def routing_stability(model_a: nn.Module, model_b: nn.Module, batches: Iterable[
         )
     top_k = torch.tensor([k for iterations, k in layouts[0][1].values() for _ in range(iterations)])
     common, tokens = torch.zeros(len(top_k), dtype=torch.int64), 0
-    with _evaluating(model_a), _evaluating(model_b):
+    with evaluating(model_a), evaluating(model_b):
         for batch in batches:
             (choices_a, mask), (choices_b, _) = _choices(model_a, batch), _choices(model_b, batch)
             tokens += int(mask.sum())
