@@ -221,13 +221,14 @@ def test_norms_of_iterations_start_as_copies(sources, tmp_path, mode):
     options = Options(mode=mode, iteration_norm=True)
     assert convert(source, chain, options, verify_tokens=24)["exact"]
     model = assert_same_function(source, chain)
-    for layer in model.model.layers:
+    for index in model.config.sparse_layers:
+        layer = model.model.layers[index]
         assert torch.equal(layer.iteration_norms[0].weight, layer.post_attention_layernorm.weight)
     convert(chain, tmp_path / "back", Options(to="source"), verify_tokens=24)
     assert_same_function(source, tmp_path / "back")
-    torch.nn.init.normal_(model.model.layers[1].iteration_norms[0].weight)
+    torch.nn.init.normal_(layer.iteration_norms[0].weight)
     model.save_pretrained(tmp_path / "trained")
-    wrong = "1.iteration_norms.0.weight` is not `model.layers.1.post_attention_layernorm.weight`"
+    wrong = f"{index}.iteration_norms.0.weight` is not `model.layers.{index}.post_attention_layernorm.weight`"
     assert_refused(tmp_path / "trained", tmp_path / "out", wrong, options=Options(to="source"))
 
 

@@ -3,9 +3,9 @@
 
     python -m benchmarks.paper.power
 
-For every data set and training length it takes all pairs of models of one residual rule that were trained with the same
-learning rate, and the seeds that both have. The spread is what seeds make of the pair's difference in percent; the mean
-difference of a pair plays no part in it.
+For every data set and training length it takes all pairs of models of one residual rule that were trained with the
+same learning rate, and the seeds that both have. The spread is what seeds make of the pair's difference in percent;
+the mean difference of a pair plays no part in it.
 """
 
 import argparse

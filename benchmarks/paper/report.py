@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import markdown
-from benchmarks.paper import analysis, results
+from benchmarks.paper import analysis, power, results
 from benchmarks.paper.analysis import MEASURES, Curve, Estimate, Evidence, Finding, standard_error
 from benchmarks.paper.experiments import (
     BASELINES,
+    EXPERIMENTS,
     OFFICIAL,
     REFERENCE,
     Arm,
@@ -32,7 +33,16 @@ from benchmarks.paper.experiments import (
     paper_loss,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
-from benchmarks.paper.runs import COMMON_OPTIONS, SCALES, Run, mean_loss, plan, tuning_runs
+from benchmarks.paper.runs import (
+    ARITHMETIC,
+    COMMON_OPTIONS,
+    SCALES,
+    STABILISED_EXPERIMENTS,
+    Run,
+    mean_loss,
+    plan,
+    tuning_runs,
+)
 from configuration_coe import CoeConfig
 
 
@@ -200,7 +210,92 @@ def summary(evidence: Evidence) -> list[str]:
             "the paper found -6.2 % under its own rule.",
             "",
         ]
+    if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
+        return stabilised_summary(evidence)
     return lines or ["The headline comparison is not finished.", ""]
+
+
+def stabilised_summary(evidence: Evidence) -> list[str]:
+    """What every claim and control of the stabilised chains comes to, a sentence each."""
+    lines = []
+    for experiment in evidence.scale.experiments:
+        found = [evidence.compare(contrast) for contrast in experiment.contrasts]
+        known = [finding for finding in found if finding.differences["steps"] is not None]
+        missing = len(found) - len(known)
+        lines += [
+            f"On {data_of(evidence, experiment)}, {len(known)} of {len(found)} comparisons have runs"
+            + (f"; {missing} are missing." if missing else "."),
+            "",
+        ]
+        for finding in known:
+            contrast, difference = finding.contrast, finding.differences["steps"]
+            verdict = f", so that {contrast.claim}: **{finding.verdict()}**" if contrast.claim else ""
+            lines.append(
+                f"- {contrast.arm.model.label} against {contrast.against.model.label}: "
+                f"{percent(finding.relative())} ({pairs_of(experiment, difference)} seeds){verdict}."
+            )
+        lines += [""] if known else []
+    return lines
+
+
+def ladder(folder: Path) -> list[str]:
+    """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved."""
+    rungs = [scale for scale in SCALES.values() if "ladder" in scale.names]
+    evidences = {
+        scale: Evidence(scale, found)
+        for scale in rungs
+        if (found := results.load(results.path_of(scale.name, folder)))
+    }
+    if not evidences:
+        return []
+    experiment = EXPERIMENTS["ladder"]
+    absent = [scale.name for scale in rungs if scale not in evidences]
+
+    def size(evidence: Evidence) -> str:
+        scale = evidence.scale
+        tokens = f"{scale.steps * scale.tokens_per_step / 1e6:.1f} M tokens"
+        run = evidence.any_run(experiment.arms[0])
+        return f"{tokens}, width {scale.shape['hidden_size']}" + (f", {run['parameters'] / 1e6:.1f} M" if run else "")
+
+    def share(evidence: Evidence, arm: Arm, split: str) -> str:
+        solved = [
+            100 * run["exact_match"][split] for run in evidence.runs(arm).values() if split in run["exact_match"]
+        ]
+        return f"{with_interval(analysis.estimate(solved), digits=1)} %".lstrip("+") if solved else "-"
+
+    differences = [
+        [contrast.label]
+        + [
+            f"{percent(finding.relative())} ({pairs_of(experiment, finding.differences['steps'])})"
+            for evidence in evidences.values()
+            for finding in [evidence.compare(contrast)]
+        ]
+        for contrast in experiment.contrasts
+    ]
+    split = ARITHMETIC.split
+    matches = [
+        [arm.label, *(share(evidence, arm, split) for evidence in evidences.values())] for arm in experiment.arms
+    ]
+    sizes = [size(evidence) for evidence in evidences.values()]
+    return [
+        "## The ladder",
+        "",
+        f"{experiment.title}. Differences of held-out losses, in percent of the second's, with the 95 % interval and "
+        "the number of seeds in brackets. Columns: tokens, width, parameters of MoE(8/64) inner.",
+        "",
+        *([f"**No runs of {', '.join(absent)}.**", ""] if absent else []),
+        *table(("difference", *sizes), differences),
+        "Held-out problems whose final answer is right, with the 95 % interval over seeds.",
+        "",
+        *table(("model", *sizes), matches),
+    ]
+
+
+def power_section(folder: Path) -> list[str]:
+    """How small a difference the runs of `cpu` show, and what was chosen by it."""
+    found = list(results.load(results.path_of("cpu", folder)).values())
+    rows = power.table(found, rates=[4e-3], lengths=[200, 350, 500], lates=[1, 3, 5])
+    return ["## How small a difference can be seen", "", *POWER, "", *rows, ""] if found else []
 
 
 def data_of(evidence: Evidence, experiment: Experiment) -> str:
@@ -355,7 +450,8 @@ def loss_row(evidence: Evidence, arm: Arm, seeds: list[int]) -> list[str]:
 
 def models(evidence: Evidence) -> list[str]:
     """What every model costs, and how its routers behave, each model once."""
-    arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms if not arm.own_lr]
+    arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms]
+    arms = [arm for arm in arms if not arm.own_lr or replace(arm, own_lr=False) not in arms]
     runs = {arm: found for arm in arms if (found := list(evidence.runs(arm).values()))}
     costs = (
         "model",
@@ -401,7 +497,64 @@ def models(evidence: Evidence) -> list[str]:
                 for arm, found in runs.items()
             ],
         ),
+        *mechanism(evidence, runs),
     ]
+
+
+def mechanism(evidence: Evidence, runs: Mapping[Arm, list[dict[str, Any]]]) -> list[str]:
+    """What each iteration adds, by model and by depth; nothing where no run has it."""
+    measured = {
+        arm: found
+        for arm, each in runs.items()
+        if (found := [run["mechanism"] for run in each if run.get("mechanism")])
+    }
+    if not measured:
+        return []
+
+    def over_seeds(values: list[float]) -> str:
+        return with_interval(analysis.estimate(values), digits=2)
+
+    def each_iteration(columns: Iterable[Iterable[float]]) -> str:
+        """One estimate over seeds for each iteration."""
+        return " / ".join(over_seeds(list(column)) for column in columns) or "-"
+
+    def rise(loss: float, without: list[float]) -> list[float]:
+        return [100 * (each / loss - 1) for each in without]
+
+    def mean_of_layers(run: Mapping[str, Any], name: str) -> list[float]:
+        return [statistics.fmean(column) for column in zip(*(layer[name] for layer in run["layers"]), strict=True)]
+
+    rows, by_depth = [], []
+    for arm, found in measured.items():
+        name = (arm.model.label, evidence.scale.data[arm.data].name, str(len(found)))
+        columns = (zip(*(mean_of_layers(run, part) for run in found), strict=True) for part in ("cosine", "norm"))
+        without = zip(*(rise(run["loss"], run["loss_without"]) for run in found), strict=True)
+        rows.append((*name, *map(each_iteration, columns), each_iteration(without)))
+        if arm.iterations > 1:
+            for index in range(len(found[0]["layers"])):
+                layers = [run["layers"][index] for run in found]
+                cosines = zip(*(layer["cosine"] for layer in layers), strict=True)
+                alone = (rise(run["loss"], layer["loss_without"]) for run, layer in zip(found, layers, strict=True))
+                cells = each_iteration(cosines), each_iteration(zip(*alone, strict=True))
+                by_depth.append((*name[:2], str(layers[0]["layer"]), *cells))
+    lines = [
+        "### Mechanism",
+        "",
+        "Of the trained models on held-out tokens, by iteration, with the 95 % interval over seeds. `cosine`: of an "
+        "iteration's update, as it is added, and the next one's, mean over tokens and layers. `size`: mean length of "
+        "the update. `without`: by how many percent the loss rises when this iteration of all layers adds nothing. "
+        "How many experts successive iterations share is under `Routing` (`re-use`).",
+        "",
+        *table(("model", "data", "seeds", "cosine", "size", "without, %"), rows),
+    ]
+    if by_depth:
+        lines += [
+            "By depth: the same cosine in one layer, and by how many percent the loss rises when the iteration of "
+            "this layer alone adds nothing.",
+            "",
+            *table(("model", "data", "layer", "cosine", "without, %"), by_depth),
+        ]
+    return lines
 
 
 def peak_memory(run: Mapping[str, Any]) -> int:
@@ -571,6 +724,14 @@ METHOD = """\
 """
 
 
+POWER = (
+    "Standard deviations over seeds of the difference between two models, as a share of the loss, pooled over all "
+    "pairs of models of one rule and rate (`benchmarks/paper/power.py`): paired, with the same seed and so the same "
+    "batches, and unpaired. `evaluations`: how many of the last ones a run's loss is the mean of. From them, half of "
+    "the 95 % interval that five seeds give, and the seeds whose interval is no wider than 1 % to either side.",
+)
+
+
 def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[Arm, Curve]) -> list[str]:
     """Everything about a scale; its plots are drawn into `folder`."""
     lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence), *summary(evidence)]
@@ -605,6 +766,8 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         path = results.path_of(name, folder)
         if found := results.load(path):
             lines += scale_section(Evidence(scale, found), path.parent, output.parent, paper)
+    lines += ladder(folder)
+    lines += power_section(folder)
     lines += arithmetic()
     lines += [
         "## Elsewhere",
