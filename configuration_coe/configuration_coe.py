@@ -589,7 +589,7 @@ class CoeConfig(DeepseekV2Config):
             return 0
         return self._num_ranked_experts // iterations if self.upcycling == "split" else self.num_experts_per_tok
 
-    def output_multiplier(self, layer_idx: int) -> float:
+    def iteration_multiplier(self, layer_idx: int) -> float:
         """Factor on the output of each iteration of sparse layer `layer_idx`: `residual_multiplier` and, where there
         is one, the formula of `residual_scale`."""
         if self.residual_scale is None:

@@ -293,7 +293,7 @@ class ExpertChain:
         self.residual_rule = config.residual_rule_of(layer_idx)
         if not self.num_iterations:
             return
-        self.output_multiplier, self.reinject = config.output_multiplier(layer_idx), config.reinject
+        self.iteration_multiplier, self.reinject = config.iteration_multiplier(layer_idx), config.reinject
         self.iteration_norms = self.branch_norms = None
         # Only these rules have the un-normalised stream to read.
         self.chains_stream = config.iteration_norm and self.residual_rule in ("prenorm", "refine", "split")
@@ -340,7 +340,7 @@ class ExpertChain:
     def scale_output(self, y: torch.Tensor, iteration: int) -> torch.Tensor:
         """`y_t` of what the experts return, normed and scaled where there are such options."""
         y = y if self.branch_norms is None else self.branch_norms[iteration](y)
-        return scaled(y, self.output_multiplier)
+        return scaled(y, self.iteration_multiplier)
 
     def step(self, z_0: torch.Tensor, z: torch.Tensor, y: torch.Tensor, iteration: int) -> torch.Tensor:
         """`z_{t+1}` by the residual rule, all (B, S, H)."""

@@ -312,10 +312,10 @@ def test_parameter_counts_equal_the_models(**fields):
 
 def test_factor_on_the_outputs_of_iterations():
     fields = {"num_hidden_layers": 4, "inner_iter": 3, "prenorm_residual": True, "chain_layers": [2]}
-    assert tiny_config(residual_multiplier=0.5, **fields).output_multiplier(2) == 0.5
+    assert tiny_config(residual_multiplier=0.5, **fields).iteration_multiplier(2) == 0.5
     config = tiny_config(residual_multiplier=0.5, residual_scale=6, **fields)
-    assert config.output_multiplier(2) == pytest.approx(0.5 * 6 / (3 * 2))
-    assert config.output_multiplier(1) == pytest.approx(0.5 * 6 / 2)  # runs once
+    assert config.iteration_multiplier(2) == pytest.approx(0.5 * 6 / (3 * 2))
+    assert config.iteration_multiplier(1) == pytest.approx(0.5 * 6 / 2)  # runs once
 
 
 def test_expert_flops():

@@ -548,7 +548,7 @@ class TestVariants:
     def test_a_loop_is_twice_the_layers_with_shared_weights(self, variant, options):
         fields = {"use_igate": True, "num_hidden_layers": 2, **RESIDUAL_RULES["prenorm"], **options}
         looped = variants.build_model(tiny_config(inner_iter=2, **fields), variant).eval()
-        scale = looped.model.layers[0].output_multiplier
+        scale = looped.model.layers[0].iteration_multiplier
         assert scale == (2.0 / (2 * 2**0.5) if options else 1.0)
         plain = {"num_hidden_layers": 4, "inner_iter": 1, "residual_multiplier": scale}
         stacked = CoeForCausalLM(tiny_config(**fields | plain | {"residual_scale": None})).eval()

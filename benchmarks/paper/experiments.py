@@ -467,9 +467,9 @@ STABILISED_CHAINS = Experiment(
     "reads the stream through a norm of its own. `branch norm`: what an iteration returns is normed before it is "
     "added. `scaled`: it is multiplied by 2 / (C sqrt(L)). `input again`: iteration t > 0 reads a share 0.5 / (t + 1) "
     "of the layer's input. `stabilised`: all four; both numbers were fixed before the runs. `loop-2`: attention and "
-    "experts run twice, with weights of attention shared or, `own attention`, not; its experts are fewer, and with the second "
-    "attention it costs 3 % more than MoE(11/64). MoE(4/32) of 2x layers has as many experts in all as MoE(11/64) and "
-    "costs 3 % more too. The published cure loops whole layers; here the loop is inside of one.",
+    "experts run twice, with weights of attention shared or, `own attention`, not; its experts are fewer; with the "
+    "second attention it costs 3 % more than MoE(11/64). MoE(4/32) of 2x layers has as many experts in all as "
+    "MoE(11/64) and costs 3 % more too. The published cure loops whole layers; here the loop is inside of one.",
 )
 SECOND_STABILISED = replace(
     STABILISED_CHAINS, name="stabilised_second_data", title=f"{STABILISED_CHAINS.title}, on other data"

@@ -51,11 +51,10 @@ class HeldLayer(CoeDecoderLayer):
 
 class LoopLayer(CoeDecoderLayer):
     """Iterates over the whole layer, attention and experts, with one attention for all iterations: `iteration_norm`
-    gives attention norms too, `reinject` and `residual_scale` are for both, `branch_norm` for the experts. It keeps no
-    cache, so generation computes all positions again."""
+    gives attention norms too, `reinject` and `residual_scale` are for both, `branch_norm` for the experts. It has no
+    cache, so a model of it generates by computing all positions again."""
 
     def extend(self, config: CoeConfig) -> None:
-        config.use_cache = False
         norm = BACKBONE_MODULES[config.backbone].norm
         count = self.num_iterations - 1 if config.iteration_norm else 0
         self.attention_norms = nn.ModuleList([norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(count)])
@@ -78,7 +77,7 @@ class LoopLayer(CoeDecoderLayer):
                 if t > 0 and self.reinject is not None:
                     read = read + self.reinject / (t + 1) * (first - read)
                 attended, _ = self.attention(t)(hidden_states=attention_norms[t](read), **kwargs)
-                attended = scaled(attended, self.output_multiplier)
+                attended = scaled(attended, self.iteration_multiplier)
                 y, _ = self.mlp(norms[t](read + attended), t)
                 hidden_states = hidden_states + attended + self.scale_output(y, t)
         return hidden_states
@@ -124,6 +123,8 @@ def build_model(config: CoeConfig, variant: str | None = None) -> CoeForCausalLM
     for layer in model.model.layers:
         layer.__class__ = VARIANTS[variant]
         layer.extend(config)
+    if issubclass(VARIANTS[variant], LoopLayer):
+        config.use_cache = model.generation_config.use_cache = False
     return model
 
 
