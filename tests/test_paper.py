@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks.paper import analysis, report, results, run, runs, variants, worker
+from benchmarks.paper import analysis, power, report, results, run, runs, variants, worker
 from benchmarks.paper.analysis import CANNOT_TELL, DOES_NOT, HOLDS, MISSING, Estimate, Evidence
 from benchmarks.paper.experiments import (
     BASELINES,
@@ -311,7 +311,7 @@ DECISIVE = {
     | {"shared_router": True, "variant": "held", "data": "second"}
     | {"iteration_norm": True, "branch_norm": True, "residual_scale": 2.0, "reinject": 0.5},
     Scale: {"shape": CPU.shape | {"steps": 501}, "layers": 5, "data": {"main": GSM8K}, "bf16": True}
-    | {"schedule": "cosine", "problems": 10},
+    | {"schedule": "cosine"},
     Data: {
         "name": "other",
         "split": "templates",
@@ -320,7 +320,7 @@ DECISIVE = {
         "data_config": "other",
     }
     | {"train_split": "other", "eval_split": "other", "eval_fraction": 0.5, "prompt_column": "other"}
-    | {"answer_column": "other", "tokenizer": "other"},
+    | {"answer_column": "other", "tokenizer": "other", "problems": 10},
 }
 INDIFFERENT = {
     Run: {},
@@ -763,6 +763,32 @@ class TestStatistics:
         assert Evidence(SMOKE, {}).as_run(common) == common
 
 
+class TestPower:
+    def test_by_hand(self):
+        first, second = {1: 1.0, 2: 1.2, 3: 1.4, 4: 9.0}, {1: 0.9, 2: 1.0, 3: 1.1}
+        measured = power.spread([first, second, {1: 1.0}])
+        # Differences 0.1, 0.2, 0.3 of 1.0; apart, standard deviations 0.2 and 0.1.
+        assert measured.paired == pytest.approx(0.1) and measured.unpaired == pytest.approx(0.05**0.5)
+        assert (measured.pairs, measured.freedom) == (1, 2)
+        assert measured.half(3) == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+        assert power.Spread(0.0089, 0.0, 1, 1).seeds == 6 and power.spread([first]) is None
+
+    def test_of_runs(self):
+        runs = [
+            line(Run(CPU, arm, 4e-3, seed), [[0, 9.0], [50, loss + 0.5 * seed], [100, loss]])
+            for arm, losses in ((moe(PRENORM), (1.0, 1.2, 1.4)), (coe(PRENORM, 2, 4), (0.9, 1.0, 1.1)))
+            for seed, loss in enumerate(losses, start=1)
+        ]
+        (found,) = power.rows(runs, rates=[4e-3], lengths=[100], lates=[1])
+        assert found[:5] == ("arithmetic", PRENORM, 4e-3, 100, 1) and found[5].paired == pytest.approx(0.1)
+        assert power.late_loss(runs[1], 100, 2) == pytest.approx(1.7) and power.late_loss(runs[0], 150, 1) is None
+        assert list(power.rows(runs, rates=[1e-3], lengths=[100], lates=[1])) == []
+        assert (
+            "| arithmetic | prenorm | 0.004 | 100 | 1 | 10.00 % |"
+            in power.table(runs, rates=[4e-3], lengths=[100], lates=[1])[-1]
+        )
+
+
 class TestReport:
     CHAIN, SINGLE = coe(OFFICIAL, 2, 4), moe(OFFICIAL)
 
@@ -823,6 +849,64 @@ class TestReport:
             "-20.0 ± 12.7 % | **holds** | 2 |"
         ]
         assert report.memory(Evidence(SMOKE, {})) == []
+
+    def test_what_iterations_are_worth(self):
+        arm = coe(PRENORM, 2, 4)
+        known = finished({arm: [1.0, 1.0], moe(PRENORM): [1.0]}, scale=CPU)
+        for seed, cosine in ((1, 0.4), (2, 0.6)):
+            layers = [
+                {"cosine": [cosine + shift], "norm": [1.0, 3.0], "loss_without": [1.5, 1.2]} for shift in (0, 0.2)
+            ]
+            layers = [{"layer": index, **layer} for index, layer in enumerate(layers)]
+            known[Run(CPU, arm, 1e-3, seed).id]["mechanism"] = {
+                **{"loss": 1.0, "loss_without": [1.0 + cosine, 1.1], "layers": layers}
+            }
+        evidence = Evidence(CPU, known)
+        rows = report.mechanism(evidence, {each: list(evidence.runs(each).values()) for each in (arm, moe(PRENORM))})
+        # t(1) = 12.706 and a standard error of 0.1
+        assert (
+            "| CoE-2(4/64) prenorm | arithmetic | 2 | +0.60 ± 1.27 | +1.00 ± 0.00 / +3.00 ± 0.00 | "
+            "+50.00 ± 127.06 / +10.00 ± 0.00 |" in rows
+        )
+        assert "| CoE-2(4/64) prenorm | arithmetic | 1 | +0.70 ± 1.27 | +50.00 ± 0.00 / +20.00 ± 0.00 |" in rows
+        assert not any("MoE" in row for row in rows) and report.mechanism(evidence, {moe(PRENORM): [{}]}) == []
+
+    def test_the_ladder(self, tmp_path, monkeypatch):
+        arms = EXPERIMENTS["ladder"].arms
+        for name, loss in (("ladder-0.5m", 1.1), ("ladder-256", 0.9)):
+            monkeypatch.setitem(SCALES, name, scale := replace(SCALES[name], extends_grid=False))
+            losses = {moe(PRENORM): [1.0, 2.0], arms[-1]: [loss, 2 * loss + 0.01]}
+            for entry in finished(losses, rate=scale.learning_rates[0], scale=scale).values():
+                entry["split"] = "numbers"
+                entry["exact_match"] = {"numbers": 0.25, "templates": 0.5}
+                results.append(results.path_of(name, tmp_path), entry)
+        text = "\n".join(report.ladder(tmp_path))
+        label = "CoE-3(2/64) prenorm, stabilised - MoE(8/64) prenorm"
+        assert re.search(
+            rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(2 of 3\) \| -9.7 ± [\d.]+ % \(2 of 3\) \|", text
+        )
+        assert "**No runs of ladder-2m, ladder-128, ladder-8m.**" in text and "not run" in text
+        assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
+        assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
+        assert report.ladder(tmp_path / "nowhere") == []
+
+    def test_what_the_stabilised_come_to(self):
+        scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))
+        experiment = scale.experiment("stabilised")
+        chain, single = experiment.contrasts[0].arm, experiment.contrasts[0].against
+        known = {}
+        for arm, losses in ((chain, [0.9, 1.81]), (single, [1.0, 2.0])):
+            lines = [line(made, [[0, 6.0], [4, 1.0]]) for made in tuning_runs(scale, [arm])]
+            for seed, loss in enumerate(losses, start=1):
+                lines.append(line(Run(scale, arm, 1e-3, seed), [[0, 6.0], [4, loss]]))
+            known |= {entry["id"]: entry for entry in lines}
+        text = "\n".join(report.summary(Evidence(scale, known)))
+        assert f"1 of {len(experiment.contrasts)} comparisons have runs; {len(experiment.contrasts) - 1} are" in text
+        sentence = next(
+            row for row in text.splitlines() if row.startswith("- CoE-2(5/64) prenorm, stabilised against")
+        )
+        assert re.search(r"against MoE\(11/64\) prenorm: -9.7 ± [\d.]+ % \(2 of 5 seeds\), so that CoE-2", sentence)
+        assert sentence.endswith("lower loss than MoE(11/64): **cannot tell**.")
 
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():

@@ -490,6 +490,7 @@ LADDER = Experiment(
     "were results of `stabilised`.",
     seeds=3,
 )
+SECOND_LADDER = replace(LADDER, name="ladder_second_data", title=f"{LADDER.title}, on other data").on("second")
 # In the order in which they are run.
 EXPERIMENTS = {
     experiment.name: experiment
@@ -510,6 +511,7 @@ EXPERIMENTS = {
         STABILISED_CHAINS,
         SECOND_STABILISED,
         LADDER,
+        SECOND_LADDER,
     )
 }
 BASELINES = (moe(OFFICIAL), moe(PRENORM))

@@ -34,8 +34,8 @@ from benchmarks.paper.experiments import (
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
 from benchmarks.paper.runs import (
-    ARITHMETIC,
     COMMON_OPTIONS,
+    LADDER_EXPERIMENTS,
     SCALES,
     STABILISED_EXPERIMENTS,
     Run,
@@ -240,55 +240,63 @@ def stabilised_summary(evidence: Evidence) -> list[str]:
 
 def ladder(folder: Path) -> list[str]:
     """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved."""
-    rungs = [scale for scale in SCALES.values() if "ladder" in scale.names]
+    rungs = {name: scale for name, scale in SCALES.items() if scale.names == LADDER_EXPERIMENTS}
     evidences = {
-        scale: Evidence(scale, found)
-        for scale in rungs
-        if (found := results.load(results.path_of(scale.name, folder)))
+        name: Evidence(scale, found)
+        for name, scale in rungs.items()
+        if (found := results.load(results.path_of(name, folder)))
     }
     if not evidences:
         return []
-    experiment = EXPERIMENTS["ladder"]
-    absent = [scale.name for scale in rungs if scale not in evidences]
-
-    def size(evidence: Evidence) -> str:
-        scale = evidence.scale
-        tokens = f"{scale.steps * scale.tokens_per_step / 1e6:.1f} M tokens"
-        run = evidence.any_run(experiment.arms[0])
-        return f"{tokens}, width {scale.shape['hidden_size']}" + (f", {run['parameters'] / 1e6:.1f} M" if run else "")
-
-    def share(evidence: Evidence, arm: Arm, split: str) -> str:
-        solved = [
-            100 * run["exact_match"][split] for run in evidence.runs(arm).values() if split in run["exact_match"]
-        ]
-        return f"{with_interval(analysis.estimate(solved), digits=1)} %".lstrip("+") if solved else "-"
-
-    differences = [
-        [contrast.label]
-        + [
-            f"{percent(finding.relative())} ({pairs_of(experiment, finding.differences['steps'])})"
-            for evidence in evidences.values()
-            for finding in [evidence.compare(contrast)]
-        ]
-        for contrast in experiment.contrasts
-    ]
-    split = ARITHMETIC.split
-    matches = [
-        [arm.label, *(share(evidence, arm, split) for evidence in evidences.values())] for arm in experiment.arms
-    ]
-    sizes = [size(evidence) for evidence in evidences.values()]
-    return [
+    absent = [name for name in rungs if name not in evidences]
+    first = EXPERIMENTS[LADDER_EXPERIMENTS[0]]
+    sizes = [rung_size(evidence, first.arms[0]) for evidence in evidences.values()]
+    lines = [
         "## The ladder",
         "",
-        f"{experiment.title}. Differences of held-out losses, in percent of the second's, with the 95 % interval and "
-        "the number of seeds in brackets. Columns: tokens, width, parameters of MoE(8/64) inner.",
+        f"{first.title}. Differences of held-out losses, in percent of the second's, with the 95 % interval and the "
+        "number of seeds in brackets. Columns: tokens, width, parameters of MoE(8/64) inner.",
         "",
         *([f"**No runs of {', '.join(absent)}.**", ""] if absent else []),
-        *table(("difference", *sizes), differences),
-        "Held-out problems whose final answer is right, with the 95 % interval over seeds.",
-        "",
-        *table(("model", *sizes), matches),
     ]
+    for name in LADDER_EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        differences = [
+            [contrast.label, *(rung_difference(evidence, experiment, contrast) for evidence in evidences.values())]
+            for contrast in experiment.contrasts
+        ]
+        solved = [
+            [arm.label, *(share_solved(evidence, arm) for evidence in evidences.values())] for arm in experiment.arms
+        ]
+        data = data_of(next(iter(evidences.values())), experiment)
+        lines += [f"On {data}:", "", *table(("difference", *sizes), differences)]
+        if any(cell != "-" for row in solved for cell in row[1:]):
+            lines += [
+                f"Held-out problems of {data} (the same kinds, other numbers) whose final answer is right, with the "
+                "95 % interval over seeds:",
+                "",
+                *table(("model", *sizes), solved),
+            ]
+    return lines
+
+
+def rung_size(evidence: Evidence, arm: Arm) -> str:
+    scale, run = evidence.scale, evidence.any_run(arm)
+    size = f"{scale.steps * scale.tokens_per_step / 1e6:.1f} M tokens, width {scale.shape['hidden_size']}"
+    return size + (f", {run['parameters'] / 1e6:.1f} M" if run else "")
+
+
+def rung_difference(evidence: Evidence, experiment: Experiment, contrast: Contrast) -> str:
+    finding = evidence.compare(contrast)
+    if (difference := finding.differences["steps"]) is None:
+        return "not run"
+    return f"{percent(finding.relative())} ({pairs_of(experiment, difference)})"
+
+
+def share_solved(evidence: Evidence, arm: Arm) -> str:
+    runs = evidence.runs(arm).values()
+    shares = [100 * run["exact_match"][run["split"]] for run in runs if run.get("exact_match")]
+    return f"{with_interval(analysis.estimate(shares), digits=1)} %".lstrip("+") if shares else "-"
 
 
 def power_section(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, fields, replace
@@ -220,7 +221,7 @@ def train(run: Run, data_root: str) -> dict[str, Any]:
         "peak_device_memory": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
         "routing": routing_of(model, inputs.held_out[split], inputs.settings.batch_size),
         "mechanism": mechanism_of(model, inputs.held_out[split], inputs.settings.batch_size, run.arm.model.variant),
-        "exact_match": solved(model, inputs, run.scale.problems),
+        "exact_match": solved(model, inputs, run.settings.get("problems", 0)),
     }
 
 
@@ -263,6 +264,15 @@ def code_fingerprint() -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 
+def commit() -> str | None:
+    """The commit that is checked out, `None` where there is no repository. What is changed since is not told."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def execute(run: Run, data_root: str) -> dict[str, Any]:
     """The run's line."""
     began, code = time.perf_counter(), code_fingerprint()
@@ -275,6 +285,7 @@ def execute(run: Run, data_root: str) -> dict[str, Any]:
         **outcome,
         "machine": describe_machine(DEVICE, torch.get_num_threads(), str(datetime.date.today())),
         "code": code,
+        "commit": commit(),
         "seconds": time.perf_counter() - began,
     }
 
