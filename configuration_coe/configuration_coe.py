@@ -132,13 +132,14 @@ class CoeConfig(DeepseekV2Config):
     Four options, off by default, stabilise a chain under every rule. With `f_t` the experts of iteration `t`, routed
     plus shared, `z_t` what the rule calls `x_t`, C the layer's iterations and L the layers of the model:
 
-        r_t = reinject / (t + 1)                              t > 0
+        r_t = reinject / (t + 1)
         x_0 = post_attention_layernorm(h)
-        x_t = norm_t((1 - r_t) * z_t + r_t * z_0)            t > 0; `norm_t` with `iteration_norm`
-        y_t = residual_scale / (C * sqrt(L)) * RMSNorm_t(f_t(x_t))           `RMSNorm_t` with `branch_norm`
+        x_t = norm_t((1 - r_t) * z_t + r_t * z_0)                     for t > 0
+        y_t = residual_scale / (C * sqrt(L)) * RMSNorm_t(f_t(x_t))
 
-    and the rule goes on with `z` for `x`. `z_0` is `x_0`; with `iteration_norm` it is `h` under the rules that keep
-    the un-normalised stream, `"prenorm"`, `"refine"` and `"split"`. What an option leaves out is the identity.
+    and the rule goes on with `z` for `x`. `norm_t` is there with `iteration_norm`, `RMSNorm_t` with `branch_norm`,
+    and what is not there changes nothing. `z_0` is `x_0`; with `iteration_norm` it is `h` under the rules that keep
+    the un-normalised stream, `"prenorm"`, `"refine"` and `"split"`.
 
     Fields that are not listed keep the meaning they have in [`DeepseekV2Config`]. All names of the official
     `config.json` are kept, so one loads unchanged, also with `model_type: coe_deepseekv2`, with the older
