@@ -16,11 +16,16 @@ def run_layout(folder: Path, layout: str, backends: tuple[str, ...]) -> subproce
     return torchrun("tests.distributed_worker", *paths, "--layout", layout, "--backends", *backends)
 
 
+STABILISED = {"iteration_norm": True, "branch_norm": True, "residual_scale": 2.0, "reinject": 0.5}
+
+
+@pytest.mark.parametrize("fields", [{}, {"prenorm_residual": True, **STABILISED}], ids=["plain", "stabilised"])
 @pytest.mark.parametrize("layout", ["tensor parallel", "expert parallel", "sharded data and expert parallel"])
-def test_equals_one_process(tmp_path, layout):
+def test_equals_one_process(tmp_path, layout, fields):
     # Equal lengths, so that the mean of two half batches is the mean of the batch; large aux loss, so that it counts.
     # The vocabulary is split over the ranks.
-    model = tiny_model(aux_loss_alpha=0.5, inner_iter=2, first_k_dense_replace=1, num_hidden_layers=3, vocab_size=100)
+    fields = {"aux_loss_alpha": 0.5, "inner_iter": 2, "first_k_dense_replace": 1, "vocab_size": 100, **fields}
+    model = tiny_model(num_hidden_layers=3, **fields)
     model.save_pretrained(tmp_path / "model")
     run = run_layout(tmp_path, layout, EXPERTS_BACKENDS)
     if "requires `ep_size=tp_size`" in run.stderr:

@@ -215,6 +215,12 @@ def summary(evidence: Evidence) -> list[str]:
     return lines or ["The headline comparison is not finished.", ""]
 
 
+NOT_TRIED = (
+    "Not tried: other values of the two numbers, options in pairs, more than four iterations, more than two loops "
+    "over whole layers, and models or data of another size than this scale's."
+)
+
+
 def stabilised_summary(evidence: Evidence) -> list[str]:
     """What every claim and control of the stabilised chains comes to, a sentence each."""
     lines = []
@@ -235,7 +241,7 @@ def stabilised_summary(evidence: Evidence) -> list[str]:
                 f"{percent(finding.relative())} ({pairs_of(experiment, difference)} seeds){verdict}."
             )
         lines += [""] if known else []
-    return lines
+    return [*lines, NOT_TRIED, ""]
 
 
 def ladder(folder: Path) -> list[str]:

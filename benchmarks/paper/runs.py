@@ -255,6 +255,7 @@ SCALES = {
             layers=4,
             learning_rates=(1.5e-4, 3e-4, 6e-4),
             data={"main": META_MATH, "second": GSM8K},
+            names=(*PAPER_EXPERIMENTS, "stabilised"),
             bf16=True,
             minutes=17.0,
         ),
