@@ -772,7 +772,7 @@ def test_an_error_in_the_chain_leaves_the_weights_as_they_were(monkeypatch):
     input_ids = random_ids(1, 5)
     expected = model(input_ids).logits
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(layer, "next_input", lambda *_: 1 / 0)
+        patch.setattr(layer, "step", lambda *_: 1 / 0)
         model(input_ids)
     assert not hasattr(layer.mlp.experts.get_base_layer(), "parametrizations")
     assert_equal_up_to_rounding(model(input_ids).logits, expected)
