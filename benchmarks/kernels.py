@@ -56,8 +56,8 @@ class Launch:
         capability (`str`): Compute capability of the target.
         instruction (`str`): That multiplies matrices.
         warps (`int`): Of a block.
-        buffers (`int`): Steps of the product whose operands shared memory holds; with several, and asynchronous copies, it
-            computes while it reads.
+        buffers (`int`): Steps of the product whose operands shared memory holds; with several, it computes while it
+            reads.
         asynchronous (`bool`): Whether it copies to shared memory asynchronously.
         registers (`int`): Of a thread.
         local_bytes (`int`): Of a thread: what is spilled.

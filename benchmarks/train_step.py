@@ -50,6 +50,7 @@ from modeling_coe.command_line import command, setting
 Measured = TypeVar("Measured")
 
 TASKS = ("train_step", "forward_backward", "peak_memory")
+COMPILED = "forward_backward_compiled"
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
@@ -65,8 +66,13 @@ def adamw(model: PreTrainedModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
 
+def compiled(model: PreTrainedModel) -> torch.nn.Module:
+    """The model compiled by torch; on the CPU without generating code, which only tries whether it can be compiled."""
+    return torch.compile(model, backend="inductor" if model.device.type == "cuda" else "aot_eager")
+
+
 def time_tasks(bench: Benchmark) -> None:
-    """Times a step with the optimizer, and without."""
+    """Times a step with the optimizer, without, and compiled."""
     batch, length = SIZES[bench.settings.size].train
     ids = random_ids(bench.settings, batch, length)
 
@@ -90,6 +96,13 @@ def time_tasks(bench: Benchmark) -> None:
             batch * length,
             lambda config: [gradients(config)],
             lambda model: start(model, None),
+            training=True,
+        ),
+        Task(
+            COMPILED,
+            batch * length,
+            lambda config: [gradients(config)],
+            lambda model: start(compiled(model), None),
             training=True,
         ),
     ]
@@ -201,7 +214,7 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
 @dataclass(frozen=True, kw_only=True)
 class TrainStepOptions:
     _argument_group_name: ClassVar[str] = "training step"
-    tasks: list[str] = setting(list(TASKS), "what to measure", choices=TASKS)
+    tasks: list[str] = setting(list(TASKS), "what to measure", choices=(*TASKS, COMPILED))
 
 
 @dataclass(frozen=True, kw_only=True)
