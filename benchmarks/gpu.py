@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).resolve().parents[1]
-WHEELS, SITE = ROOT / "runs" / "wheels", ROOT / "runs" / "site-packages"
+WHEELS, SITE, LOGS = ROOT / "runs" / "wheels", ROOT / "runs" / "site-packages", ROOT / "runs" / "gpu-logs"
 # What a machine with torch may lack, without torch's own packages. Versions are those of `constraints.txt`. Of what
 # `datasets` needs, pandas and pyarrow are not among them: they are too large to carry.
 PACKAGES = (
@@ -82,7 +82,7 @@ STEPS = {
     ),
     "tests": Step(
         "tests on the device: kernels, models, adapters, 8-bit weights",
-        ("pytest -q -p no:cacheprovider -k cuda tests/test_gpu.py tests/test_megablocks.py",),
+        ("pytest -q -p no:cacheprovider -k cuda tests/test_devices.py tests/test_megablocks.py",),
         ("transformers", "pytest", "hypothesis", "peft", "stk", "triton"),
     ),
     "experts": Step(
@@ -244,17 +244,18 @@ def describe(environment: dict[str, str]) -> dict[str, Any]:
     smi = shutil.which("nvidia-smi")
     query = ["--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv"]
     report = subprocess.run([smi, *query], capture_output=True, text=True).stdout.strip() if smi else "no nvidia-smi"
-    names = ("torch", "triton", *PACKAGES)
-    versions = ask(
-        "import importlib.metadata as m, json, sys\n"
-        f"names = {names!r}\n"
-        "print(json.dumps({d.name: d.version for d in reversed(list(m.distributions())) if d.name in names}))",
+    found = ask(
+        "import importlib.metadata, json\n"
+        "print(json.dumps([(d.name, d.version) for d in importlib.metadata.distributions() if d.name]))",
         environment,
     )
+    names = {distribution(name) for name in ("torch", "triton", "numpy", *PACKAGES)}
+    # The first of a name is the one that is imported.
+    versions = {distribution(name): version for name, version in reversed(json.loads(found or "[]"))}
     return {
         "nvidia_smi": report,
         "python": sys.version.split()[0],
-        "versions": json.loads(versions or "{}"),
+        "versions": {name: version for name, version in sorted(versions.items()) if name in names},
         "missing": missing_modules(sorted({module for step in STEPS.values() for module in step.needs}), environment),
         "wheels": sorted(wheel.name for wheel in SITE.glob("*.dist-info")),
     }
@@ -399,11 +400,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{WHEELS.relative_to(ROOT)}: {size / 2**20:.1f} MiB")
         return 0 if size <= WHEELS_LIMIT else 1
 
-    if wheels := wheels_to_install(WHEELS, installed_version):
+    if not settings.dry_run and (wheels := wheels_to_install(WHEELS, installed_version)):
         install_wheels(wheels)
     plan = make_plan(settings)
     plan.output.mkdir(parents=True, exist_ok=True)
-    logs = ROOT / "runs" / "gpu-logs" / plan.output.name
+    logs = LOGS / plan.output.name
     logs.mkdir(parents=True, exist_ok=True)
     machine = describe(plan.environment)
     (plan.output / "environment.json").write_text(json.dumps(machine, indent=1) + "\n")

@@ -90,13 +90,15 @@ class Shape(NamedTuple):
     def padded_rows(self) -> float:
         """Expected rows of one call when every expert's are padded to whole blocks."""
         share = self.top_k / self.experts  # rows of an expert are binomial
+        if share == 1:
+            return self.experts * math.ceil(self.tokens / BLOCK) * BLOCK
         spread = 12 * math.sqrt(self.tokens * share * (1 - share)) + 12
         least = max(0, math.floor(self.tokens * share - spread))
         most = min(self.tokens, math.ceil(self.tokens * share + spread))
         total = 0.0
         for rows in range(least, most + 1):
             choices = math.lgamma(self.tokens + 1) - math.lgamma(rows + 1) - math.lgamma(self.tokens - rows + 1)
-            log_odds = rows * math.log(share) + (self.tokens - rows) * math.log1p(-share) if share < 1 else 0.0
+            log_odds = rows * math.log(share) + (self.tokens - rows) * math.log1p(-share)
             total += math.exp(choices + log_odds) * math.ceil(rows / BLOCK) * BLOCK
         return self.experts * total
 
