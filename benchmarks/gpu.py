@@ -9,7 +9,8 @@
 
 A step runs its programs one after the other, each in a process of its own, until they are done or its time is up. What
 they write is in `benchmarks/results/<device>/`, with a `step-NAME.json` that says how the step ended; a step that is
-done is not run again, one that failed or ran out of time is. Steps need no other one, and any order will do.
+done is not run again, one that failed or ran out of time is, and what it had measured is there. Steps need no other
+one, and any order will do.
 
 This file imports nothing but Python's own library: it is what installs the rest, from the folder of wheels into one of
 its own that goes before what the machine has.
@@ -75,7 +76,7 @@ STEPS = {
         "whether MegaBlocks' kernels work here, and what they need of the device",
         (
             "modeling_coe.megablocks",
-            "TRITON_INTERPRET=0 benchmarks.kernels --capabilities {capability} --output {output}",
+            "TRITON_INTERPRET=0 benchmarks.kernels --capabilities {capability} --dtypes {dtypes} --output {output}",
         ),
         ("transformers", "stk", "triton"),
         minutes=4,
@@ -114,10 +115,15 @@ STEPS = {
         "reading a prompt and decoding", ("benchmarks.generate --size {paper} --pairs 5 {only} {common}",)
     ),
     "compile": Step(
-        "compiled decoding in CUDA graphs with a static cache, and compiled training",
+        "decoding in CUDA graphs over a static cache",
         (
-            "benchmarks.generate --size {paper} --pairs 3 --tasks decode_b1_compiled decode_b8_compiled "
-            "--label compiled --implementations grouped_mm batched_mm {common}",
+            "benchmarks.generate --size {paper} --pairs 3 --tasks {compiled} --label compiled "
+            "--implementations {compilable} {common}",
+        ),
+    ),
+    "compile-train": Step(
+        "compiled training",
+        (
             "benchmarks.train_step --size {paper} --pairs 3 --tasks forward_backward_compiled --label compiled "
             "--implementations grouped_mm {common}",
         ),
@@ -162,7 +168,7 @@ def slug(device: str) -> str:
 def environment_of_steps() -> dict[str, str]:
     """This process's, with the packages from wheels and this project before those of the machine."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "examples"), str(SITE), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def ask(program: str, environment: dict[str, str]) -> str:
@@ -212,10 +218,14 @@ def installed_version(name: str) -> str | None:
 
 
 def install_wheels(wheels: list[Path]) -> None:
-    """Puts wheels into a folder of their own, anew."""
+    """Puts wheels into a folder of their own, unless just these are there."""
+    record, names = SITE / "wheels.txt", "\n".join(wheel.name for wheel in wheels)
+    if record.exists() and record.read_text() == names:
+        return
     shutil.rmtree(SITE, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(SITE)]
     subprocess.run([*pip, *map(str, wheels)], check=True)
+    record.write_text(names)
 
 
 def download_wheels(python: str, folder: Path = WHEELS) -> int:
@@ -286,7 +296,7 @@ class Outcome:
 
 
 def run_command(command: str, plan: Plan, seconds: float, log: Path) -> int | None:
-    """Runs `VARIABLE=VALUE ... MODULE OPTION ...`; its output goes to a file and to the screen.
+    """Runs `VARIABLE=VALUE ... MODULE OPTION ...`; its output goes to the end of a file.
 
     Returns:
         The exit code, or `None` where the time was up; all its processes are ended then.
@@ -321,6 +331,7 @@ def run_step(name: str, plan: Plan, logs: Path) -> Outcome:
     outcome = Outcome(name, "done", datetime.date.today().isoformat(), commands=[])
     log = logs / f"{name}.log"
     log.unlink(missing_ok=True)
+    print(f"\n{name}: {step.about}", flush=True)
     if missing := missing_modules(step.needs, plan.environment):
         outcome.state, outcome.reason = "left out", f"not installed: {', '.join(missing)}"
     for command in () if missing else step.commands:
@@ -338,7 +349,7 @@ def run_step(name: str, plan: Plan, logs: Path) -> Outcome:
     path = plan.output / f"step-{name}.json"
     path.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
     tail = log.read_text(errors="replace").splitlines()[-30:] if log.exists() and outcome.state != "done" else []
-    print("\n".join(tail))
+    print("\n".join(tail), end="\n" if tail else "")
     print(f"{name}: {outcome.state}, {outcome.seconds:.0f} s" + (f", {outcome.reason}" if outcome.reason else ""))
     return outcome
 
@@ -361,7 +372,8 @@ def make_plan(settings: argparse.Namespace) -> Plan:
             **{"paper": "tiny", "published": "tiny", "tokens": "64", "experts": "8", "paper_experts": "8"},
             **{"rows": "1", "capability": "9.0", "scale": "smoke", "run_minutes": "5"},
             **{"run_options": "--dry-run", "output": str(output)},
-            "only": "--implementations grouped_mm",
+            **{"only": "--implementations grouped_mm", "compiled": "decode_b1_compiled", "compilable": "grouped_mm"},
+            "dtypes": "bfloat16",
             "common": f"--device cpu --dtype float32 --quick --output {output}",
         }
         return Plan(output, values, environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
@@ -374,7 +386,8 @@ def make_plan(settings: argparse.Namespace) -> Plan:
         **{"paper": "paper", "published": "published", "tokens": "32768", "experts": "128", "paper_experts": "63"},
         **{"rows": ROWS, "capability": capability, "scale": "gpu-hour", "run_minutes": str(MINUTES - 1)},
         **{"run_options": "--jobs 4", "output": str(output)},
-        "only": "",
+        **{"only": "", "compiled": "decode_b1_compiled decode_b8_compiled", "compilable": "grouped_mm batched_mm"},
+        "dtypes": "bfloat16 float16 float32 tf32",
         "common": f"--device cuda --output {output}",
     }
     return Plan(output, values, environment)

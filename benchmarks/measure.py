@@ -562,8 +562,9 @@ class Benchmark:
         return samples["ours"], samples["native"]
 
     def add(self, comparison: Comparison) -> None:
-        """Keeps a comparison and prints its ratio."""
+        """Keeps a comparison, writes what there is by now, and prints its ratio."""
         self.comparisons.append(comparison)
+        self.save()
         ratio = spread(comparison.ratios)
         print(
             f"{comparison.task:<20} {comparison.variant} {comparison.implementation:<18} "
@@ -571,10 +572,8 @@ class Benchmark:
             flush=True,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Measures the machine's rates once more, and writes results, table and plot."""
-        for name, samples in measure_rates(self.settings, self.clock).items():
-            self.rate_samples[name] += samples
+    def save(self) -> dict[str, Any]:
+        """Writes results and table."""
         rates = {name: max(samples) for name, samples in self.rate_samples.items()}
         results = {
             "benchmark": self.name,
@@ -588,11 +587,22 @@ class Benchmark:
             "comparisons": [comparison.figures(self.settings, rates) for comparison in self.comparisons],
         }
         self.settings.output.mkdir(parents=True, exist_ok=True)
-        path = self.settings.output / "-".join(filter(None, (self.name, self.settings.size, self.settings.label)))
-        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(results))
-        plot(results, path.with_suffix(".png"))
-        print(f"\n{markdown(results)}\nwritten to {path}.json, .md and .png")
+        self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(markdown(results))
+        return results
+
+    @property
+    def path(self) -> Path:
+        """Of the results, without the ending of a file."""
+        return self.settings.output / "-".join(filter(None, (self.name, self.settings.size, self.settings.label)))
+
+    def write(self) -> dict[str, Any]:
+        """Measures the machine's rates once more, and writes results, table and plot."""
+        for name, samples in measure_rates(self.settings, self.clock).items():
+            self.rate_samples[name] += samples
+        results = self.save()
+        plot(results, self.path.with_suffix(".png"))
+        print(f"\n{markdown(results)}\nwritten to {self.path}.json, .md and .png")
         return results
 
 
