@@ -143,6 +143,7 @@ class BenchmarkSettings:
     device: str = setting("cpu", "what torch calls it")
     dtype: str | None = setting(None, "of weights; the size's if not given", choices=("float32", "bfloat16"))
     threads: int = setting(1, "on the CPU; more than one gives wall time")
+    batch_size: int | None = setting(None, "sequences of a training step; the size's if not given")
     implementations: list[str] = setting([], "of CoE's experts; all that can run here if not given")
     pairs: int = setting(7, "of runs, ours and native's, for one figure")
     quick: bool = setting(False, "two pairs: to try a script, not to measure")
@@ -150,6 +151,12 @@ class BenchmarkSettings:
     date: str = setting(datetime.date.today().isoformat(), "to write into the results")
     label: str = setting("", "that the names of results end with")
     output: Path = setting(Path("runs/benchmarks"), "folder of results and plots")
+
+    @property
+    def train_shape(self) -> tuple[int, int]:
+        """Batch and length of a training step."""
+        batch, length = SIZES[self.size].train
+        return self.batch_size or batch, length
 
 
 def native_config(size: str, **overrides) -> DeepseekV2Config:
@@ -623,7 +630,7 @@ def parse_settings(kind: type[Settings], description: str, argv: list[str] | Non
         InputError: An option has no such value.
     """
     settings = parse(kind, description, argv)
-    check_positive(settings, "pairs", "threads")
+    check_positive(settings, "pairs", "threads", *(["batch_size"] if settings.batch_size is not None else []))
     check_folder("output", settings.output)
     dtype = settings.dtype or SIZES[settings.size].dtype
     return replace(settings, dtype=dtype, pairs=2 if settings.quick else settings.pairs)

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import (
     CHAIN,
-    SIZES,
     Benchmark,
     BenchmarkSettings,
     Comparison,
@@ -73,7 +72,7 @@ def compiled(model: PreTrainedModel) -> torch.nn.Module:
 
 def time_tasks(bench: Benchmark) -> None:
     """Times a step with the optimizer, without, and compiled."""
-    batch, length = SIZES[bench.settings.size].train
+    batch, length = bench.settings.train_shape
     ids = random_ids(bench.settings, batch, length)
 
     def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> TimedCall:
@@ -140,7 +139,7 @@ def peak_memory(settings: BenchmarkSettings, new_model: Callable[[str], PreTrain
         return torch.cuda.memory_allocated(settings.device) if cuda else status_bytes("VmRSS")
 
     # What the first step of a process loads and sets up, libraries and their workspaces, is no part of a model.
-    ids = random_ids(settings, *SIZES[settings.size].train)
+    ids = random_ids(settings, *settings.train_shape)
     tiny = new_model("tiny")
     training_step(tiny, ids[:1, :8] % tiny.config.vocab_size, adamw(tiny))
     del tiny
@@ -194,7 +193,7 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
         new_model = functools.partial(compared_model, settings, implementation, native)
         return in_fresh_process(peak_memory, settings, new_model)
 
-    tokens = math.prod(SIZES[settings.size].train)
+    tokens = math.prod(settings.train_shape)
     for name in bench.implementations:
         why = refusal(name, config, tokens, training=True, itemsize=bench.itemsize)
         try:

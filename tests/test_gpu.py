@@ -22,6 +22,7 @@ RESULTS = {
     "published": {f"experts-tiny.{end}" for end in ("json", "md", "png")},
     "threshold": {f"experts-tiny-threshold.{end}" for end in ("json", "md", "png")},
     "train": {f"train_step-tiny.{end}" for end in ("json", "md", "png")},
+    "memory": {f"train_step-tiny-memory.{end}" for end in ("json", "md", "png")},
     "train-published": {f"train_step-tiny.{end}" for end in ("json", "md", "png")},
     "generate": {f"generate-tiny.{end}" for end in ("json", "md", "png")},
     "compile": {f"generate-tiny-compiled.{end}" for end in ("json", "md", "png")},
