@@ -12,7 +12,8 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs bal
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
-.PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks evidence clean
+.PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks gpu gpu-wheels \
+	evidence clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
@@ -55,6 +56,15 @@ benchmarks: $(INSTALLED)
 		$(BIN)/python -m benchmarks.generate --size $$size && \
 		$(BIN)/python -m benchmarks.experts --size $$size || exit 1; \
 	done
+
+# All that is to be measured on a GPU, with the Python that has torch for it: no environment is made, since there may be
+# no network. What such a machine lacks travels in runs/wheels.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(STEPS)
+
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --wheels $(GPU_PYTHON)
 
 # The paper's experiments at the scale of two CPU cores: hours. May be stopped and started at any time. The report is
 # written in any case, and says what is missing.

@@ -24,7 +24,6 @@ from benchmarks.dense_sources import decoder
 from benchmarks.markdown import table
 from benchmarks.measure import (
     DEFAULT_IMPLEMENTATION,
-    SIZES,
     BenchmarkSettings,
     Clock,
     TimedCall,
@@ -95,7 +94,7 @@ def run_as(name: str, run: TimedCall) -> TimedCall:
 
 def measure_steps(settings: AdapterSettings) -> dict[str, list[float]]:
     """Seconds of a training step with its optimizer, by model."""
-    clock, ids = Clock(settings.device, settings.threads), random_ids(settings, *SIZES[settings.size].train)
+    clock, ids = Clock(settings.device, settings.threads), random_ids(settings, *settings.train_shape)
 
     def start(name: str) -> TimedCall:
         model = new_model(settings, name, settings.size)

@@ -3,6 +3,7 @@
 
     python -m benchmarks.experts --size mid
     python -m benchmarks.experts --size mid --tokens 1 1024 --experts 64 --widths 352 704 1408
+    python -m benchmarks.experts --size paper --device cuda --rows-per-expert 8 64 512
 
 A chain calls one set of experts C times, each time on the sum of the last input and output and with a routing of its
 own; the native experts are called once with C times as many experts per token. The hidden size is that of `--size`.
@@ -11,6 +12,7 @@ meet the same experts, whose weights may then come from the caches.
 """
 
 import math
+import statistics
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar
@@ -21,8 +23,10 @@ from transformers import PreTrainedModel
 from benchmarks.measure import (
     CHAIN,
     SIZES,
+    VARIANTS,
     Benchmark,
     BenchmarkSettings,
+    Comparison,
     Task,
     TimedCall,
     Work,
@@ -90,10 +94,30 @@ def experts_task(bench: Benchmark, direction: str, tokens: int, num_experts: int
     return Task(name, tokens, work, lambda model: start(bench, model, tokens, training), training)
 
 
+def tokens_for(rows_per_expert: int, num_experts: int) -> int:
+    """Tokens of a call of the chain that give every expert so many rows on average."""
+    return math.ceil(rows_per_expert * num_experts / VARIANTS[CHAIN]["num_experts_per_tok"])
+
+
+def least_rows(comparisons: list[Comparison], tasks: dict[int, str]) -> int | None:
+    """The least number of rows per expert from which `megablocks` is the fastest implementation in all that were
+    measured, or `None`; `tasks` are the names of the tasks by rows per expert."""
+    least = None
+    for rows, task in sorted(tasks.items(), reverse=True):
+        times = {each.implementation: statistics.median(each.ours) for each in comparisons if each.task == task}
+        if min(times, key=times.get, default=None) != "megablocks":
+            break
+        least = rows
+    return least
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsOptions:
     _argument_group_name: ClassVar[str] = "experts"
     tokens: list[int] = setting([1, 16, 1024], "in a call")
+    rows_per_expert: list[int] = setting(
+        [], "in a call, instead of tokens; then tells from how many on blocks are faster"
+    )
     experts: list[int] = setting([16, 64], "routed experts")
     widths: list[int] = setting([], "of one expert; that of the size if not given")
     directions: list[str] = setting(list(DIRECTIONS), "what to measure", choices=DIRECTIONS)
@@ -110,17 +134,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = replace(settings, widths=settings.widths or [SIZES[settings.size].fields["moe_intermediate_size"]])
     bench = Benchmark("experts", settings)
     for num_experts, width in product(settings.experts, settings.widths):
+        rows = {each: tokens_for(each, num_experts) for each in settings.rows_per_expert}
+        tasks = {
+            (direction, tokens): experts_task(bench, direction, tokens, num_experts, width)
+            for direction, tokens in product(settings.directions, rows.values() or settings.tokens)
+        }
         overrides = {"n_routed_experts": num_experts, "moe_intermediate_size": width}
-        bench.compare_models(
-            [
-                experts_task(bench, direction, tokens, num_experts, width)
-                for direction, tokens in product(settings.directions, settings.tokens)
-            ],
-            variants=[CHAIN],
-            num_hidden_layers=1,
-            vocab_size=64,
-            **overrides,
-        )
+        bench.compare_models(list(tasks.values()), variants=[CHAIN], num_hidden_layers=1, vocab_size=64, **overrides)
+        for direction in settings.directions if rows else ():
+            names = {each: tasks[direction, tokens].name for each, tokens in rows.items()}
+            bench.notes.append(
+                f"{direction}, {num_experts} experts of width {width}: `megablocks` is the fastest from "
+                f"{least_rows(bench.comparisons, names)} rows per expert on."
+            )
     return bench.write()
 
 

@@ -33,7 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.markdown import table
 from modeling_coe import CoeConfig
-from modeling_coe.command_line import check_folder, check_positive, parse, setting
+from modeling_coe.command_line import check_device, check_folder, check_positive, parse, setting
 
 
 # ---- Sizes and targets ----------------------------------------------------------------------------------------------
@@ -71,6 +71,21 @@ SIZES = {
     "small": Size(_fields(hidden=256, width=176, vocab=4096, latent=128, head=32)),
     "mid": Size(_fields(hidden=512, width=352, vocab=8192, latent=256, head=64)),
     "paper": Size(_fields(hidden=1024, width=704, vocab=102_400, latent=512, head=128), (64, 512), "bfloat16"),
+    # The shape of experts that kernels are published for: 32,768 tokens, 8 of 128 experts. One layer fits a device.
+    "published": Size(
+        _fields(
+            hidden=4096,
+            width=1024,
+            vocab=8192,
+            latent=512,
+            head=128,
+            num_hidden_layers=1,
+            num_attention_heads=32,
+            n_routed_experts=128,
+        ),
+        (8, 4096),
+        "bfloat16",
+    ),
 }
 
 NATIVE = {"num_experts_per_tok": 8}
@@ -128,12 +143,20 @@ class BenchmarkSettings:
     device: str = setting("cpu", "what torch calls it")
     dtype: str | None = setting(None, "of weights; the size's if not given", choices=("float32", "bfloat16"))
     threads: int = setting(1, "on the CPU; more than one gives wall time")
+    batch_size: int | None = setting(None, "sequences of a training step; the size's if not given")
     implementations: list[str] = setting([], "of CoE's experts; all that can run here if not given")
     pairs: int = setting(7, "of runs, ours and native's, for one figure")
     quick: bool = setting(False, "two pairs: to try a script, not to measure")
     seed: int = setting(0, "of weights and tokens")
     date: str = setting(datetime.date.today().isoformat(), "to write into the results")
+    label: str = setting("", "that the names of results end with")
     output: Path = setting(Path("runs/benchmarks"), "folder of results and plots")
+
+    @property
+    def train_shape(self) -> tuple[int, int]:
+        """Batch and length of a training step."""
+        batch, length = SIZES[self.size].train
+        return self.batch_size or batch, length
 
 
 def native_config(size: str, **overrides) -> DeepseekV2Config:
@@ -456,6 +479,7 @@ class Comparison:
         if self.work is not None:
             figures["tokens_per_second"] = self.tokens / ours
             figures["least_seconds"] = sum(phase.seconds(**rates) for phase in self.work)
+            figures["flops_per_second"] = sum(phase.flops for phase in self.work) / ours
             figures["distance"] = values["distance"] = ours / figures["least_seconds"]
         for name, target in self.targets(settings).items():
             figures |= {f"{name}_target": target, f"{name}_met": values[name] <= target}
@@ -466,6 +490,7 @@ class Benchmark:
     """Collects the comparisons of one script and writes them as JSON, Markdown table and plot."""
 
     def __init__(self, name: str, settings: BenchmarkSettings):
+        check_device(settings.device)
         torch.set_num_threads(settings.threads)
         self.name, self.settings = name, settings
         self.clock = Clock(settings.device, settings.threads)
@@ -474,6 +499,7 @@ class Benchmark:
         self.implementations, self.skipped = available_implementations(settings)
         self.native_samples: dict[str, dict[str, list[float]]] = {}
         self.comparisons: list[Comparison] = []
+        self.notes: list[str] = []
 
     def possible(self, label: str, implementation: str, config: PreTrainedConfig, task: Task, run: TimedCall) -> bool:
         """Whether an implementation can do a task, which is tried; notes why where it cannot."""
@@ -505,15 +531,23 @@ class Benchmark:
             self.native_samples[task.name] = samples
         return fastest(self.native_samples[task.name])
 
-    def compare_models(self, tasks: list[Task], variants: Iterable[str] = tuple(VARIANTS), **overrides) -> None:
+    def compare_models(
+        self,
+        tasks: list[Task],
+        variants: Iterable[str] = tuple(VARIANTS),
+        prepare: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+        **overrides,
+    ) -> None:
         """Times the tasks on the native model and on variants of ours: the chain with every implementation, the single
-        iteration with the native model's kernel. `overrides` are fields of the configurations."""
+        iteration with the native model's kernel. `overrides` are fields of the configurations; our models
+        are run as `prepare` makes them."""
         native = build(native_config(self.settings.size, **overrides), self.settings)
         native_runs = {task.name: task.start(native) for task in tasks}
         for variant in variants:
             config = coe_config(self.settings.size, variant, **overrides)
             model = build(config, self.settings)
             copy_weights(native, model)
+            model = prepare(model)
             for task in tasks:
                 best = self.native_best(task, native, native_runs[task.name])
                 native_run, start = using(native, best, native_runs[task.name]), task.start(model)
@@ -535,8 +569,9 @@ class Benchmark:
         return samples["ours"], samples["native"]
 
     def add(self, comparison: Comparison) -> None:
-        """Keeps a comparison and prints its ratio."""
+        """Keeps a comparison, writes what there is by now, and prints its ratio."""
         self.comparisons.append(comparison)
+        self.save()
         ratio = spread(comparison.ratios)
         print(
             f"{comparison.task:<20} {comparison.variant} {comparison.implementation:<18} "
@@ -544,10 +579,8 @@ class Benchmark:
             flush=True,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Measures the machine's rates once more, and writes results, table and plot."""
-        for name, samples in measure_rates(self.settings, self.clock).items():
-            self.rate_samples[name] += samples
+    def save(self) -> dict[str, Any]:
+        """Writes results and table."""
         rates = {name: max(samples) for name, samples in self.rate_samples.items()}
         results = {
             "benchmark": self.name,
@@ -557,14 +590,26 @@ class Benchmark:
             "rate_samples": self.rate_samples,
             "native_samples": self.native_samples,
             "skipped": self.skipped,
+            "notes": self.notes,
             "comparisons": [comparison.figures(self.settings, rates) for comparison in self.comparisons],
         }
         self.settings.output.mkdir(parents=True, exist_ok=True)
-        path = self.settings.output / f"{self.name}-{self.settings.size}"
-        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(results))
-        plot(results, path.with_suffix(".png"))
-        print(f"\n{markdown(results)}\nwritten to {path}.json, .md and .png")
+        self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(markdown(results))
+        return results
+
+    @property
+    def path(self) -> Path:
+        """Of the results, without the ending of a file."""
+        return self.settings.output / "-".join(filter(None, (self.name, self.settings.size, self.settings.label)))
+
+    def write(self) -> dict[str, Any]:
+        """Measures the machine's rates once more, and writes results, table and plot."""
+        for name, samples in measure_rates(self.settings, self.clock).items():
+            self.rate_samples[name] += samples
+        results = self.save()
+        plot(results, self.path.with_suffix(".png"))
+        print(f"\n{markdown(results)}\nwritten to {self.path}.json, .md and .png")
         return results
 
 
@@ -585,7 +630,7 @@ def parse_settings(kind: type[Settings], description: str, argv: list[str] | Non
         InputError: An option has no such value.
     """
     settings = parse(kind, description, argv)
-    check_positive(settings, "pairs", "threads")
+    check_positive(settings, "pairs", "threads", *(["batch_size"] if settings.batch_size is not None else []))
     check_folder("output", settings.output)
     dtype = settings.dtype or SIZES[settings.size].dtype
     return replace(settings, dtype=dtype, pairs=2 if settings.quick else settings.pairs)
@@ -621,12 +666,13 @@ def ratio_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def distance_cells(row: dict[str, Any]) -> list[str]:
+def distance_cells(row: dict[str, Any], rates: dict[str, float]) -> list[str]:
     return [
         row["task"],
         row["variant"],
         row["implementation"],
         f"{row['tokens_per_second']:,.0f}",
+        f"{row['flops_per_second'] / 1e9:,.4g} ({row['flops_per_second'] / rates['flops_per_second']:.0%})",
         quantity(row["least_seconds"], "s"),
         f"{row['distance']:.2f}",
         target_note(row, "distance"),
@@ -658,10 +704,11 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     lines += table(
-        ("task", "model", "experts", "tokens/s", "least time", "distance", "target"),
-        (distance_cells(row) for row in results["comparisons"] if "distance" in row),
-        "lllrrrl",
+        ("task", "model", "experts", "tokens/s", "GFLOP/s (of a product's)", "least time", "distance", "target"),
+        (distance_cells(row, rates) for row in results["comparisons"] if "distance" in row),
+        "lllrrrrl",
     )
+    lines += [line for note in results["notes"] for line in ("", note)]
     if results["skipped"]:
         lines += ["", "Not measured:", ""]
         lines += [f"- {what}: {why}" for what, why in results["skipped"].items()]

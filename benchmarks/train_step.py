@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import (
     CHAIN,
-    SIZES,
     Benchmark,
     BenchmarkSettings,
     Comparison,
@@ -50,6 +49,7 @@ from modeling_coe.command_line import command, setting
 Measured = TypeVar("Measured")
 
 TASKS = ("train_step", "forward_backward", "peak_memory")
+COMPILED = "forward_backward_compiled"
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
@@ -65,9 +65,14 @@ def adamw(model: PreTrainedModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
 
+def compiled(model: PreTrainedModel) -> torch.nn.Module:
+    """The model compiled by torch; on the CPU without generating code, which only tries whether it can be compiled."""
+    return torch.compile(model, backend="inductor" if model.device.type == "cuda" else "aot_eager")
+
+
 def time_tasks(bench: Benchmark) -> None:
-    """Times a step with the optimizer, and without."""
-    batch, length = SIZES[bench.settings.size].train
+    """Times a step with the optimizer, without, and compiled."""
+    batch, length = bench.settings.train_shape
     ids = random_ids(bench.settings, batch, length)
 
     def start(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> TimedCall:
@@ -90,6 +95,13 @@ def time_tasks(bench: Benchmark) -> None:
             batch * length,
             lambda config: [gradients(config)],
             lambda model: start(model, None),
+            training=True,
+        ),
+        Task(
+            COMPILED,
+            batch * length,
+            lambda config: [gradients(config)],
+            lambda model: start(compiled(model), None),
             training=True,
         ),
     ]
@@ -127,7 +139,7 @@ def peak_memory(settings: BenchmarkSettings, new_model: Callable[[str], PreTrain
         return torch.cuda.memory_allocated(settings.device) if cuda else status_bytes("VmRSS")
 
     # What the first step of a process loads and sets up, libraries and their workspaces, is no part of a model.
-    ids = random_ids(settings, *SIZES[settings.size].train)
+    ids = random_ids(settings, *settings.train_shape)
     tiny = new_model("tiny")
     training_step(tiny, ids[:1, :8] % tiny.config.vocab_size, adamw(tiny))
     del tiny
@@ -181,7 +193,7 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
         new_model = functools.partial(compared_model, settings, implementation, native)
         return in_fresh_process(peak_memory, settings, new_model)
 
-    tokens = math.prod(SIZES[settings.size].train)
+    tokens = math.prod(settings.train_shape)
     for name in bench.implementations:
         why = refusal(name, config, tokens, training=True, itemsize=bench.itemsize)
         try:
@@ -201,7 +213,7 @@ def measure_memory(bench: Benchmark, native_implementation: str, repeats: int) -
 @dataclass(frozen=True, kw_only=True)
 class TrainStepOptions:
     _argument_group_name: ClassVar[str] = "training step"
-    tasks: list[str] = setting(list(TASKS), "what to measure", choices=TASKS)
+    tasks: list[str] = setting(list(TASKS), "what to measure", choices=(*TASKS, COMPILED))
 
 
 @dataclass(frozen=True, kw_only=True)

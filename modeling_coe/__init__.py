@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from configuration_coe import CoeConfig
 from configuration_coe.configuration_coe import OFFICIAL_MODEL_TYPE
 
+from . import experts
 from .lora import lora_config, register_default_targets
 from .modeling_coe import (
     CoeForCausalLM,
@@ -61,7 +62,16 @@ def _megablocks_experts_forward(*args):
     return megablocks_experts_forward(*args)
 
 
+def _prefers_megablocks(weight):
+    if weight.device.type != "cuda":
+        return False
+    from .megablocks import is_preferred
+
+    return is_preferred(weight)
+
+
 ALL_EXPERTS_FUNCTIONS.register("megablocks", _megablocks_experts_forward)
+experts.prefers_megablocks = _prefers_megablocks
 
 
 def _write_model_card(model, folder, **details):

@@ -1,13 +1,14 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Which function computes a layer's experts, and what the calls of a chain share.
 
-The `"grouped_mm"` of CoE's experts is `grouped_experts.py` on the CPU and transformers' own elsewhere. A chain calls
-the same experts C times: [`sharing_weights`] lets these calls have one [`ExpertWeights`], and PEFT's adapters once.
+The `"grouped_mm"` of CoE's experts is `grouped_experts.py` on the CPU, MegaBlocks' kernels on a CUDA device for which
+torch has no grouped kernel, and transformers' own elsewhere. A chain calls the same experts C times:
+[`sharing_weights`] lets these calls have one [`ExpertWeights`], and PEFT's adapters once.
 
 Shapes: T tokens, H hidden, N experts, K chosen per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -24,11 +25,20 @@ from .grouped_experts import SMALL_BYTES, ExpertWeights, Projection, compute_exp
 
 logger = logging.get_logger(__name__)
 
+ExpertsForward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def prefers_megablocks(weight: torch.Tensor) -> bool:
+    """Whether `"grouped_mm"` multiplies such weights with MegaBlocks' kernels. The package puts a function that knows
+    them in the place of this one; the code beside a saved model is without them."""
+    return False
+
 
 def grouped_mm_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The `"grouped_mm"` of CoE's experts: this module's functions on the CPU, transformers' own elsewhere.
+    """The `"grouped_mm"` of CoE's experts: this module's functions on the CPU, and elsewhere transformers' own, or
+    `"megablocks"` where torch would loop over experts. `"torch_grouped_mm"` is transformers' own everywhere.
 
     Args:
         hidden_states (`torch.Tensor`): (T, H); computed in the dtype of the expert weights.
@@ -51,6 +61,9 @@ def grouped_mm_experts_forward(
             if not torch.compiler.is_compiling() and type(gate_up_proj).__module__.startswith("torchao."):
                 # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
                 return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+            is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
+            if is_plain and prefers_megablocks(gate_up_proj):
+                return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -61,8 +74,30 @@ def grouped_mm_experts_forward(
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
 
 
+def _from_the_hub(name: str, trains: bool) -> ExpertsForward:
+    """An implementation of transformers' with kernels of the Hub, whose errors name the remedy."""
+    experts_forward = ALL_EXPERTS_FUNCTIONS[name]
+    others = 'Other values of `experts_implementation`: "grouped_mm", "batched_mm", "eager".'
+
+    def experts_forward_or_remedy(
+        self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if not trains and torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
+            raise ValueError(f"`{name}` has no gradients. Use it under `torch.no_grad()`. {others}")
+        try:
+            return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        except ImportError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ImportError(f"`{name}` cannot run: {reason}. {others}") from error
+
+    return experts_forward_or_remedy
+
+
 COE_EXPERTS_FUNCTIONS = ExpertsInterface()
 COE_EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm_experts_forward
+for _name, _trains in {"sonicmoe": True, "deepgemm": False}.items():
+    if _name in ALL_EXPERTS_FUNCTIONS:
+        COE_EXPERTS_FUNCTIONS[_name] = _from_the_hub(_name, _trains)
 # transformers' own stays selectable.
 ALL_EXPERTS_FUNCTIONS.register("torch_grouped_mm", torch_grouped_mm_experts_forward)
 
@@ -74,11 +109,16 @@ def _is_computed_here(hidden_states: torch.Tensor, act_fn: nn.Module, *weights: 
         # Counts of rows are read as numbers, which a traced graph would keep, and transforms of `torch.func` refuse.
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        # Subclasses (DTensor, quantised weights) do not have the plain storage that is read below.
-        and all(type(weight) in (torch.Tensor, nn.Parameter) and weight.is_contiguous() for weight in weights)
+        and _are_plain(*weights)
+        and all(weight.is_contiguous() for weight in weights)
         # The activation's own parameters would get no gradient.
         and next(act_fn.parameters(), None) is None
     )
+
+
+def _are_plain(*weights: torch.Tensor) -> bool:
+    """Subclasses (DTensor, quantised weights) do not have the plain storage that kernels read."""
+    return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
 def _gains_nothing(

@@ -14,7 +14,8 @@ matrix (N * out, in), is already the operand that they want, so weights are not 
 cannot address (see `prepare_weight`) are padded with zeros. There are no atomics: two runs give the same bits.
 
 The kernels come from the first of three sources that works here, see [`megablocks_backend`]; `python -m
-modeling_coe.megablocks` tells which one and why not the others.
+modeling_coe.megablocks` tells which one and why not the others. The default experts use them too where torch has no
+kernel of its own, see [`is_preferred`].
 
 Environment variables:
 
@@ -56,6 +57,13 @@ MAX_ELEMENTS = 2**31 - 1
 # size, not from a measurement; set it to what the machine shows, or to 0 for block-sparse products always.
 MIN_ROWS_PER_EXPERT = int(os.environ.get("COE_MEGABLOCKS_MIN_ROWS_PER_EXPERT", "64"))
 
+# Compute capabilities for which torch has a grouped kernel, of bfloat16; elsewhere its `grouped_mm` is a loop over
+# experts, which waits for their counts of rows.
+TORCH_GROUPED_MAJORS = (9, 10)
+MIN_CAPABILITY = (8, 0)  # from here on Triton has matrix instructions for both halves
+# Triton's float32 products without TF32 do not fit into registers: torch's loop is no worse.
+PREFERRED_DTYPES = (torch.bfloat16, torch.float16)
+
 ALTERNATIVES = 'Other values of `experts_implementation`: "grouped_mm", "batched_mm", "eager".'
 
 
@@ -92,13 +100,9 @@ def megablocks_experts_forward(
     for layout, present in unsupported.items():
         if present:
             raise ValueError(f"`megablocks` does not support experts with {layout}. {ALTERNATIVES}")
-    device_type = hidden_states.device.type
-    if (obstacle := _obstacle(device_type)) is not None:
+    if (obstacle := _obstacle(hidden_states.device.type)) is not None:
         raise ImportError(f"`megablocks` cannot run: {obstacle} {ALTERNATIVES}")
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
-        dtype = next(self.parameters()).dtype
+    dtype = _dtype_of_products(next(self.parameters()))
     if dtype not in DTYPES:
         raise ValueError(f"`megablocks` computes in bfloat16, float16 or float32, not in {dtype}. {ALTERNATIVES}")
 
@@ -109,6 +113,11 @@ def megablocks_experts_forward(
     few = num_rows <= self.num_experts
     hand_over = batched_mm_experts_forward if few else grouped_mm_experts_forward
     return hand_over(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
 @torch.compiler.disable(reason="the routing decides the number of row blocks, and stk launches its kernels itself")
@@ -468,16 +477,61 @@ def _obstacle(device_type: str) -> str | None:
     return None
 
 
-def _products_are_exact(device_type: str) -> bool:
+def is_preferred(weight: torch.Tensor) -> bool:
+    """Whether the default experts multiply such weights with these kernels rather than with torch's `grouped_mm`.
+
+    That is so on a CUDA device where torch has no grouped kernel for the dtype, and the package `stanford-stk` is
+    installed. Before their first use on a device, in a dtype, the kernels have to get products and gradients right;
+    where they do not, or do not compile, a warning says so once, and torch computes.
+    """
+    capability = torch.cuda.get_device_capability(weight.device)
+    has_torchs = weight.dtype == torch.bfloat16 and capability[0] in TORCH_GROUPED_MAJORS
+    dtype = _dtype_of_products(weight)
+    if has_torchs or capability < MIN_CAPABILITY or dtype not in PREFERRED_DTYPES:
+        return False
+    return _is_proven(weight.device, dtype)
+
+
+_proven: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def _is_proven(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are right on a device, found out once in a process; warns where they are not."""
+    if (device, dtype) not in _proven and importlib.util.find_spec("stk") is None:
+        _proven[device, dtype] = False
+    if (device, dtype) not in _proven:
+        obstacle = _obstacle(device.type)
+        try:
+            if obstacle is None and not products_are_exact(device, dtype):
+                obstacle = "their products are wrong on this machine."
+        # Triton and the driver raise errors of many types where a kernel cannot be compiled or launched.
+        except Exception as error:
+            obstacle = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        _proven[device, dtype] = obstacle is None
+        if obstacle is not None:
+            logger.warning(
+                f"MegaBlocks' kernels are installed and not used on {device} in {dtype}: {obstacle} torch computes "
+                "one expert after the other. `python -m modeling_coe.megablocks` tells more."
+            )
+    return _proven[device, dtype]
+
+
+def products_are_exact(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the kernels get a product and its gradients right, of integers that no order of summation rounds."""
-    x = torch.randint(-2, 3, (2 * BLOCK, 160), dtype=torch.bfloat16, device=device_type, requires_grad=True)
-    weight = torch.randint(-2, 3, (2, BLOCK, 160), dtype=torch.bfloat16, device=device_type, requires_grad=True)
-    output = _BlockSparseLinear.apply(x, weight, _sort_into_bins(torch.tensor([[1], [0]], device=device_type), 2))
-    actual = output, *torch.autograd.grad(output, (x, weight), output)
-    per_expert, wide = x.detach().float().view(2, BLOCK, 160), weight.detach().float()
-    grad = output.detach().float().view(2, BLOCK, BLOCK)
-    expected = per_expert @ wide.mT, grad @ wide, grad.mT @ per_expert
-    return all(torch.equal(a, e.to(a.dtype).view_as(a)) for a, e in zip(actual, expected, strict=True))
+    device, generator = torch.device(device), torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(device, dtype).requires_grad_()
+
+    # Whatever the caller computes in: a model that generates has no gradients, one that trains may cast products.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        x, weight = integers(2 * BLOCK, 160), integers(2, BLOCK, 160)
+        output = _BlockSparseLinear.apply(x, weight, _sort_into_bins(torch.tensor([[1], [0]], device=device), 2))
+        actual = output, *torch.autograd.grad(output, (x, weight), output)
+        per_expert, wide = x.detach().float().view(2, BLOCK, 160), weight.detach().float()
+        grad = output.detach().float().view(2, BLOCK, BLOCK)
+        expected = per_expert @ wide.mT, grad @ wide, grad.mT @ per_expert
+        return all(torch.equal(a, e.to(a.dtype).view_as(a)) for a, e in zip(actual, expected, strict=True))
 
 
 def _doctor() -> int:
@@ -500,7 +554,7 @@ def _doctor() -> int:
         f"rows per expert from which blocks are used: {MIN_ROWS_PER_EXPERT} "
         "(COE_MEGABLOCKS_MIN_ROWS_PER_EXPERT; tokens x experts per token / experts)"
     )
-    if obstacle is None and not _products_are_exact(device_type):
+    if obstacle is None and not products_are_exact(device_type):
         obstacle = "the kernels' products are wrong on this machine."
     print("usable: yes, products checked" if obstacle is None else f"usable: no. {obstacle} {ALTERNATIVES}")
     return 0 if obstacle is None else 1

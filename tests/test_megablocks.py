@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
+from modeling_coe import experts as experts_module
 from modeling_coe import megablocks
 from modeling_coe.megablocks import megablocks_backend
 from modeling_coe.modeling_coe import CoeExperts
@@ -501,6 +502,118 @@ class TestErrors:
         monkeypatch.setattr(megablocks, "MAX_ELEMENTS", 128 * 128)
         with pytest.raises(RuntimeError, match=r"weights \(2, 128, 128\) need 32768.*grouped_mm"):
             run_experts(make_experts(64, 32, 2))
+
+
+@pytest.fixture
+def nothing_proven(monkeypatch):
+    monkeypatch.setattr(megablocks, "_proven", {})
+
+
+@pytest.mark.usefixtures("nothing_proven")
+class TestDefault:
+    """Where `"grouped_mm"` is block-sparse: asked for a device that need not be there, and run in the interpreter."""
+
+    @pytest.mark.parametrize(
+        "capability, dtype, autocast, expected",
+        [
+            ((9, 0), torch.bfloat16, None, False),
+            ((10, 0), torch.bfloat16, None, False),
+            ((9, 0), torch.bfloat16, torch.bfloat16, False),
+            ((8, 0), torch.bfloat16, None, True),
+            ((8, 9), torch.float16, None, True),
+            ((12, 0), torch.bfloat16, None, True),
+            ((9, 0), torch.float16, None, True),
+            ((9, 0), torch.float32, torch.bfloat16, True),  # torch would multiply float32
+            ((9, 0), torch.float32, None, False),
+            ((8, 0), torch.float64, None, False),
+            ((7, 5), torch.float16, None, False),
+        ],
+    )
+    def test_where_torch_has_no_grouped_kernel(self, monkeypatch, capability, dtype, autocast, expected):
+        asked = []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(megablocks, "_is_proven", lambda device, dtype: asked.append((device, dtype)) or True)
+        weight = SimpleNamespace(device=torch.device("cuda", 3), dtype=dtype)
+        with torch.autocast("cuda", autocast or torch.bfloat16, enabled=False):
+            monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast is not None)
+            assert megablocks.is_preferred(weight) == expected
+        assert asked == ([(torch.device("cuda", 3), autocast or dtype)] if expected else [])
+
+    @requires_interpreter
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_kernels_are_proven_once_whatever_the_caller_does(self, monkeypatch, caplog, dtype, mode):
+        before = torch.get_rng_state()
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            assert megablocks._is_proven(torch.device("cpu"), dtype)
+        assert torch.equal(torch.get_rng_state(), before), "other random numbers than without a proof"
+        monkeypatch.setattr(megablocks, "products_are_exact", None)
+        assert megablocks._is_proven(torch.device("cpu"), dtype) and not caplog.records
+
+    @requires_interpreter
+    @pytest.mark.parametrize("fault", ["forward", "gradient", "error"])
+    def test_wrong_kernels_step_aside_with_one_warning(self, monkeypatch, caplog, fault):
+        kernels = megablocks_backend().kernels
+        name = "sdd" if fault == "forward" else "dsd"
+        correct = getattr(kernels, name)
+
+        def launch(*args):
+            if fault == "error":
+                raise RuntimeError("PTX assembly aborted\nat line 7")
+            correct(*args)
+            args[-1 if name == "dsd" else 3].view(-1)[-1] += 1
+
+        monkeypatch.setattr(kernels, name, launch)
+        monkeypatch.setattr(megablocks.logger, "propagate", True)
+        for _ in range(2):
+            assert not megablocks._is_proven(torch.device("cpu"), torch.bfloat16)
+        (record,) = caplog.records
+        expected = "RuntimeError: PTX assembly aborted torch" if fault == "error" else "products are wrong"
+        assert expected in record.getMessage() and "\n" not in record.getMessage()
+
+    def test_kernels_that_are_not_installed_are_no_warning(self, monkeypatch, caplog):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(megablocks.logger, "propagate", True)
+        assert not megablocks._is_proven(torch.device("cpu"), torch.bfloat16) and not caplog.records
+
+    @requires_interpreter
+    def test_a_model_computes_the_same_and_saves_nothing_of_it(self, monkeypatch, tmp_path):
+        model = tiny_model(**MODEL).train()
+        input_ids = random_ids(2, 6)
+        expected = loss_and_gradients(model, input_ids)
+        used = []
+
+        def record(*args, compute=megablocks._block_sparse_experts):
+            used.append(args)
+            return compute(*args)
+
+        monkeypatch.setattr(megablocks, "_block_sparse_experts", record)
+        monkeypatch.setattr(experts_module, "_is_computed_here", lambda *args: False)
+        assert_same_training_step(loss_and_gradients(model, input_ids), expected)
+        assert not used, "block-sparse on the CPU"
+        monkeypatch.setattr(experts_module, "prefers_megablocks", lambda weight: True)
+        assert_same_training_step(loss_and_gradients(model, input_ids), expected)
+        assert len(used) == MODEL["inner_iter"]
+        model.save_pretrained(tmp_path)
+        assert "experts_implementation" not in (tmp_path / "config.json").read_text()
+
+        for chosen in ("torch_grouped_mm", "batched_mm", "eager"):  # obeyed
+            used.clear()
+            model.set_experts_implementation(chosen)
+            assert_same_training_step(loss_and_gradients(model, input_ids), expected)
+            assert not used, chosen
+
+    @requires_interpreter
+    def test_a_compiled_model_stays_one_graph(self, monkeypatch):
+        monkeypatch.setattr(experts_module, "prefers_megablocks", lambda weight: True)
+        experts = make_experts(64, 32, 3)
+        experts.config._experts_implementation = "grouped_mm"
+        args = (torch.randn(8, 64), *random_routing(8, 2, 3))
+        torch.compiler.reset()
+        with torch.no_grad():
+            actual = torch.compile(experts, fullgraph=True, backend="eager")(*args)
+            torch.testing.assert_close(actual, experts(*args))
+        torch.compiler.reset()
 
 
 def run_python(*command: str, path: str | Path = "", **environment: str) -> subprocess.CompletedProcess:
