@@ -544,8 +544,8 @@ class Benchmark:
             flush=True,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Measures the machine's rates once more, and writes results, table and plot."""
+    def write(self, draw: Callable[[dict[str, Any], Path], None] | None = None) -> dict[str, Any]:
+        """Measures the machine's rates once more, and writes results, table and plot, which `draw` draws."""
         for name, samples in measure_rates(self.settings, self.clock).items():
             self.rate_samples[name] += samples
         rates = {name: max(samples) for name, samples in self.rate_samples.items()}
@@ -563,7 +563,7 @@ class Benchmark:
         path = self.settings.output / f"{self.name}-{self.settings.size}"
         path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(results))
-        plot(results, path.with_suffix(".png"))
+        (draw or plot)(results, path.with_suffix(".png"))
         print(f"\n{markdown(results)}\nwritten to {path}.json, .md and .png")
         return results
 
