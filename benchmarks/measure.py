@@ -603,12 +603,12 @@ class Benchmark:
         """Of the results, without the ending of a file."""
         return self.settings.output / "-".join(filter(None, (self.name, self.settings.size, self.settings.label)))
 
-    def write(self) -> dict[str, Any]:
-        """Measures the machine's rates once more, and writes results, table and plot."""
+    def write(self, draw: Callable[[dict[str, Any], Path], None] | None = None) -> dict[str, Any]:
+        """Measures the machine's rates once more, and writes results, table and plot, which `draw` draws."""
         for name, samples in measure_rates(self.settings, self.clock).items():
             self.rate_samples[name] += samples
         results = self.save()
-        plot(results, self.path.with_suffix(".png"))
+        (draw or plot)(results, self.path.with_suffix(".png"))
         print(f"\n{markdown(results)}\nwritten to {self.path}.json, .md and .png")
         return results
 

@@ -12,11 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from benchmarks import experts, generate, measure, train_step
+from benchmarks import experts, generate, measure, rows_per_expert, train_step
 from modeling_coe import CoeConfig
 
 
-SCRIPTS = {"experts": experts, "generate": generate, "train_step": train_step}
+SCRIPTS = {"experts": experts, "generate": generate, "rows_per_expert": rows_per_expert, "train_step": train_step}
 
 
 @pytest.fixture
@@ -176,6 +176,7 @@ class TestModels:
 OPTIONS = {
     "experts": ["--tokens", "1", "16", "--experts", "16", "--implementations", "grouped_mm", "eager"],
     "generate": ["--implementations", "grouped_mm"],
+    "rows_per_expert": ["--batches", "1", "2"],
     "train_step": ["--implementations", "grouped_mm"],
 }
 GENERATION = ("prefill", "decode_b1", "decode_b8", "decode_b1_ctx1024")
@@ -186,6 +187,7 @@ ROWS = {  # tasks by model; the implementations of a single iteration follow fro
         ]
     },
     "generate": {measure.CHAIN: GENERATION, measure.SINGLE: GENERATION},
+    "rows_per_expert": {measure.CHAIN: ("train_step, 256 tokens", "train_step, 512 tokens")},
     "train_step": {
         measure.CHAIN: ("train_step", "forward_backward", "peak_memory", "peak_memory_above_weights"),
         measure.SINGLE: ("train_step", "forward_backward"),
@@ -220,6 +222,11 @@ def test_script(name, tmp_path, capsys):
         phases = [max(f / rates["flops_per_second"], b / rates["bytes_per_second"]) for f, b in row["work"]]
         assert row["distance"] == pytest.approx(row["ours_median"] / sum(phases))
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ours_median"])
+
+
+def test_rows_per_expert():
+    config = measure.coe_config("mid")
+    assert rows_per_expert.rows_per_expert("mid", 1024) * config.n_routed_experts == 1024 * 4
 
 
 def test_the_default_against_every_other_implementation(capsys):
