@@ -20,6 +20,10 @@ Kernels, the preferred one first:
 - `onednn`: a loop of oneDNN's products, for float32 only: torch takes oneDNN for the narrow dtypes itself, and MKL for
   float32, which leaves its fastest kernels unused on some processors
 
+oneDNN compiles a kernel for every shape, which takes longer than the product. Routing decides how many rows an expert
+has, so these come in steps of 16 wherever oneDNN computes, and `grouped_mm`, which knows no steps, computes in the
+narrow dtypes only where rows are few.
+
 Shapes: N experts, R rows sorted by expert.
 """
 
@@ -46,9 +50,12 @@ MARGIN = 1.05  # what a kernel may take, relative to the fastest, and still be p
 ROUNDS, LEAST_ROUNDS = 9, 3  # of all kernels in turn
 SECONDS = 2e-3  # after these no further round begins
 ONEDNN_ROWS = 16
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def grouped_product(inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, load: float) -> torch.Tensor:
+def grouped_product(
+    inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, load: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows times the matrix of their expert.
 
     Args:
@@ -56,27 +63,35 @@ def grouped_product(inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Te
         weight (`torch.Tensor`): (N, in, out), in the dtype of `inputs`; itself contiguous, or its transpose is.
         counts (`torch.Tensor`): (N,) rows of each expert, int64.
         load (`float`): Rows per expert, as the shape of the batch has it.
+        out (`torch.Tensor`, *optional*): Where to write the result; contiguous.
 
     Returns:
-        `torch.Tensor`: (R, out). The matrices of experts without a row are not read.
+        `torch.Tensor`: (R, out), `out` if that is given. The matrices of experts without a row are not read.
     """
     kind = "input gradient" if weight.is_contiguous() else "output"
     kernel = kernel_for(Product.of(kind, inputs.dtype, *weight.shape[1:], load))
-    return _grouped_product(kernel, inputs, weight, counts)
+    return _grouped_product(kernel, inputs, weight, counts, out)
 
 
-def _grouped_product(kernel: str, inputs: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    if kernel == "grouped_mm" and _is_aligned(inputs, weight):
+def _grouped_product(
+    kernel: str,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    counts: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    # It writes to memory of its own: with `out`, its loop of `mm` is made here.
+    if kernel == "grouped_mm" and out is None and _is_aligned(inputs, weight):
         return F.grouped_mm(inputs, weight, offs=counts.cumsum(0, dtype=torch.int32))
-    output = inputs.new_empty(len(inputs), weight.shape[2])
+    output = inputs.new_empty(len(inputs), weight.shape[2]) if out is None else out
     experts, sizes = [], []
     for expert, count in enumerate(counts.tolist()):
         if count:  # in decoding most experts have no row
             experts.append(expert)
             sizes.append(count)
-    product = _onednn_mm if kernel == "onednn" else torch.mm
-    for expert, rows, out in zip(experts, inputs.split(sizes), output.split(sizes), strict=True):
-        product(rows, weight[expert], out=out)
+    product = _product(kernel, inputs.dtype)
+    for expert, rows, expert_out in zip(experts, inputs.split(sizes), output.split(sizes), strict=True):
+        product(rows, weight[expert], out=expert_out)
     return output
 
 
@@ -95,11 +110,16 @@ def add_grouped_product(
     sizes = counts.tolist()
     for out, rows, matrix in zip(output.split(sizes), inputs.split(sizes), weight.unbind(), strict=True):
         if len(rows):
-            out.addmm_(rows, matrix)
+            _add_product("mm", rows, matrix, out)
 
 
 def grouped_outer_product(
-    left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor, load: float, out: torch.Tensor | None = None
+    left: torch.Tensor,
+    right: torch.Tensor,
+    counts: torch.Tensor,
+    load: float,
+    out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
     """Sum of the outer products of each expert's rows, zeros for an expert without.
 
@@ -109,27 +129,35 @@ def grouped_outer_product(
         counts (`torch.Tensor`): (N,) rows of each expert, int64.
         load (`float`): Rows per expert, as the shape of the batch has it.
         out (`torch.Tensor`, *optional*): Where to write the result.
+        add (`bool`, defaults to `False`): Adds the result to what is in `out` instead.
 
     Returns:
         `torch.Tensor`: (N, a, b), `out` if that is given.
     """
     kind = "weight gradient" if out is None else "weight gradient in place"
     kernel = kernel_for(Product.of(kind, left.dtype, left.shape[1], right.shape[1], load))
-    return _grouped_outer_product(kernel, left, right, counts, out)
+    return _grouped_outer_product(kernel, left, right, counts, out, add)
 
 
 def _grouped_outer_product(
-    kernel: str, left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor, out: torch.Tensor | None
+    kernel: str,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    counts: torch.Tensor,
+    out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
     if kernel == "grouped_mm" and _is_aligned(left, right):
         return F.grouped_mm(left.t(), right, offs=counts.cumsum(0, dtype=torch.int32))
     if out is None:
         out = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    product, counts = _onednn_mm if kernel == "onednn" else torch.mm, counts.tolist()
+    product, counts = _product(kernel, left.dtype), counts.tolist()
     for a, b, expert_out in zip(left.split(counts), right.split(counts), out.unbind(), strict=True):
-        if len(a):
+        if add and len(a):
+            _add_product(kernel, a.t(), b, expert_out)
+        elif len(a):
             product(a.t(), b, out=expert_out)
-        else:
+        elif not add:
             expert_out.zero_()
     return out
 
@@ -139,18 +167,40 @@ def _is_aligned(left: torch.Tensor, right: torch.Tensor) -> bool:
     return (left.data_ptr() | right.data_ptr()) % 16 == 0
 
 
-def _onednn_mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`torch.mm` by oneDNN. `F.linear` of `a.to_mkldnn()` is the public way to it, and copies what is transposed."""
-    if len(a) < ONEDNN_ROWS:
-        return torch.mm(a, b, out=out)
-    # oneDNN compiles a kernel for every shape, so sizes that routing decides come in steps.
-    padding = -len(a) % ONEDNN_ROWS
+def _product(kernel: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """What computes one product of a loop: `(a, b, out)`."""
+    if kernel == "onednn":
+        return functools.partial(_mm_in_steps, _onednn_mm)
+    return functools.partial(_mm_in_steps, torch.mm) if dtype in NARROW_DTYPES else torch.mm
+
+
+def _add_product(kernel: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Adds a product to `out`."""
+    product = _product(kernel, a.dtype)
+    if product is torch.mm:
+        out.addmm_(a, b)
+    else:
+        out += product(a, b, out=torch.empty_like(out))
+
+
+def _mm_in_steps(
+    mm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: torch.Tensor, b: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """A product whose sizes, those that routing decides, are padded to whole steps."""
+    padding = -len(a) % ONEDNN_ROWS if len(a) > ONEDNN_ROWS else 0  # fewer are few shapes
     inner_padding = -a.shape[1] % ONEDNN_ROWS
     if padding or inner_padding:
         a = F.pad(a, (0, inner_padding, 0, padding))
     if inner_padding:
         b = F.pad(b, (0, 0, 0, inner_padding))
-    return out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")[: len(out)])
+    return out.copy_(mm(a, b)[: len(out)])
+
+
+def _onednn_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`torch.mm` by oneDNN. `F.linear` of `a.to_mkldnn()` is the public way to it, and copies what is transposed."""
+    if len(a) < ONEDNN_ROWS:
+        return torch.mm(a, b)
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
 # ---- Which kernel ---------------------------------------------------------------------------------------------------
@@ -193,6 +243,8 @@ def _grouped_mm_obstacle(product: Product) -> str | None:
         return f"torch {torch.__version__} has no `torch.nn.functional.grouped_mm`"
     if product.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it does not compute {product.dtype}"
+    if product.dtype in NARROW_DTYPES and product.rows >= ONEDNN_ROWS:
+        return f"its products in {product.dtype} do not come in steps of rows"
     if any(size * product.dtype.itemsize % 16 for size in product.shape):
         return "it needs rows of whole 16 bytes"
     if product.kind == "weight gradient in place":

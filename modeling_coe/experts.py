@@ -20,7 +20,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward as torch_gr
 from transformers.utils import logging
 
 from .adapters import PARAM_WRAPPER, PROJECTIONS, adapted_experts_forward, is_active, low_rank_factors, obstacle
-from .grouped_experts import SMALL_BYTES, ExpertWeights, Projection, compute_experts
+from .cpu_memory import LARGE_BYTES
+from .grouped_experts import ExpertWeights, Projection, compute_experts
 
 
 logger = logging.get_logger(__name__)
@@ -128,7 +129,7 @@ def _gains_nothing(
     tokens, or one call with gradients so small that their memory is quickly had. What checkpointing computes again has
     to find the same answer."""
     if torch.is_grad_enabled():
-        is_little = num_iterations == 1 and gate_up_proj.nbytes < SMALL_BYTES
+        is_little = num_iterations == 1 and gate_up_proj.nbytes < LARGE_BYTES
     else:
         is_little = len(top_k_index) > 1 and top_k_index.numel() <= len(gate_up_proj)
     return (

@@ -12,7 +12,6 @@ Shapes: T tokens, H hidden, N experts, K chosen per token, I expert width, R row
 
 import functools
 import math
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,8 +20,9 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
+from .cpu_memory import LARGE_BYTES, empty
 
-SMALL_BYTES = 2**25  # as much memory may be taken twice, and comes from what malloc keeps
+
 _CACHED_BYTES = 2**21  # what a core's caches hold on most processors
 
 
@@ -123,9 +123,11 @@ class Projection(NamedTuple):
             return Projection(self.weight[experts])
         return Projection(self.weight[experts], self.a[experts], self.b[experts])
 
-    def multiply(self, inputs: torch.Tensor, counts: torch.Tensor, load: float) -> torch.Tensor:
-        """Rows (R, in) times the matrices of their experts, (R, out)."""
-        output = grouped_product(inputs, self.weight.mT, counts, load)
+    def multiply(
+        self, inputs: torch.Tensor, counts: torch.Tensor, load: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows (R, in) times the matrices of their experts, (R, out), written to `out` if that is given."""
+        output = grouped_product(inputs, self.weight.mT, counts, load, out)
         if self.a is not None:
             reduced = grouped_product(inputs, self.a.mT, counts, load)
             add_grouped_product(output, reduced, self.b.mT, counts)
@@ -214,8 +216,9 @@ class _GroupedExperts(torch.autograd.Function):
         grad_output = grad_output.to(tokens.dtype)
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]  # (R, 1)
         grad_row_weights = torch.empty_like(row_weights)
-        grad_gate_up = tokens.new_empty(len(row_weights), gate_up_proj.weight.shape[1])  # (R, 2I)
-        inner = tokens.new_empty(len(row_weights), down_proj.weight.shape[2])  # (R, I), input of the down projection
+        num_rows, dtype = len(row_weights), tokens.dtype
+        grad_gate_up = empty(num_rows, gate_up_proj.weight.shape[1], dtype=dtype)  # (R, 2I)
+        inner = empty(num_rows, down_proj.weight.shape[2], dtype=dtype)  # (R, I), input of the down projection
         for (experts, block), gate_up in zip(rows.blocks(gate_up_proj.weight), blocks, strict=True):
             counts = rows.counts[experts]
             gate, up = gate_up.chunk(2, dim=-1)
@@ -249,7 +252,8 @@ class _GroupedExperts(torch.autograd.Function):
             ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
         grad_tokens = grad_top_k_weights = None
         if ctx.needs_input_grad[0]:
-            grad_rows = gate_up_proj.mT.multiply(grad_gate_up, rows.counts, rows.load)  # (R, H)
+            grad_rows = empty(num_rows, tokens.shape[1], dtype=dtype)  # (R, H)
+            gate_up_proj.mT.multiply(grad_gate_up, rows.counts, rows.load, out=grad_rows)
             grad_tokens = sum_rows(grad_rows, rows.slot).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
             grad_top_k_weights = torch.zeros_like(top_k_weights, memory_format=torch.contiguous_format)
@@ -272,15 +276,17 @@ def _mlp(
     tokens: torch.Tensor, rows: Rows, weights: "ExpertWeights", act_fn: Callable
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gate and up (rows, 2I) of each block, and the output (R, H) of each row's expert."""
-    gate_up, outputs = [], []
-    for experts, block in rows.blocks(weights.gate_up.weight):
+    blocks, gate_up = list(rows.blocks(weights.gate_up.weight)), []
+    outputs = empty(len(rows.token), tokens.shape[1], dtype=tokens.dtype) if len(blocks) > 1 else None
+    for experts, block in blocks:
         inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
         gate_up.append(weights.gate_up.of(experts).multiply(inputs, counts, rows.load))
         gate, up = gate_up[-1].chunk(2, dim=-1)
         # Rows with gaps between them would cost an activation more than this copy.
         inner = act_fn(gate.contiguous()) * up
-        outputs.append(weights.down.of(experts).multiply(inner, counts, rows.load))
-    return gate_up, outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        out = None if outputs is None else outputs[block]
+        output = weights.down.of(experts).multiply(inner, counts, rows.load, out)
+    return gate_up, output if outputs is None else outputs
 
 
 def _without_gradient(
@@ -456,27 +462,26 @@ def _weight_gradient(calls: list[_Factors], like: torch.Tensor, rows_first: bool
         like (`torch.Tensor`): Of the shape (N, by row, by token), or (N, by token, by row), and dtype of the result.
         rows_first (`bool`): Which of the two.
     """
-    counts, load = sum(call.rows.counts for call in calls), sum(call.rows.load for call in calls)
     row_width, matrix_size = sum(like.shape[1:]), math.prod(like.shape[1:])
-    row_bytes = row_width * like.itemsize
+    load = sum(call.rows.load for call in calls)
+    # To add a call's product to a matrix in the cache moves the matrix, to join the calls' rows moves these.
+    groups = [calls] if load * row_width <= (len(calls) - 1) * matrix_size else [[call] for call in calls]
 
-    if len(calls) > 1 and load / len(calls) * row_width > matrix_size:
-        # Adding up the gradients of the calls moves fewer bytes than joining their rows.
-        gradient = _weight_gradient(calls[:1], like, rows_first)
-        for call in calls[1:]:
-            gradient += _weight_gradient([call], like, rows_first)
-        return gradient
-
-    def both_sides(experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        *sides, sizes = zip(*(call.block(experts) for call in calls), strict=True)
+    def both_sides(group: list[_Factors], experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        *sides, sizes = zip(*(call.block(experts) for call in group), strict=True)
         by_row, by_token = (side[0] if len(side) == 1 else _interleave(side, sizes) for side in sides)
         return (by_row, by_token) if rows_first else (by_token, by_row)
 
-    if like.nbytes + load * len(counts) * row_bytes < SMALL_BYTES:
-        return grouped_outer_product(*both_sides(slice(0, len(counts))), counts, load)
-    out = _empty_in_huge_pages(like)
+    counts = sum(call.rows.counts for call in calls)
+    row_bytes = row_width * like.itemsize
+    if len(groups) == 1 and like.nbytes + load * len(counts) * row_bytes < LARGE_BYTES:
+        return grouped_outer_product(*both_sides(calls, slice(0, len(counts))), counts, load)
+    out = empty(*like.shape, dtype=like.dtype)
     for experts, _ in _blocks(counts, row_bytes):
-        grouped_outer_product(*both_sides(experts), counts[experts], load, out[experts])
+        for index, group in enumerate(groups):
+            counts_of_group = sum(call.rows.counts[experts] for call in group)
+            sides, load_of_group = both_sides(group, experts), sum(call.rows.load for call in group)
+            grouped_outer_product(*sides, counts_of_group, load_of_group, out[experts], index > 0)
     return out
 
 
@@ -498,21 +503,3 @@ def _blocks(counts: torch.Tensor, row_bytes: int) -> Iterator[tuple[slice, slice
             first, start = expert, end
         end += count
     yield slice(first, len(sizes)), slice(start, end)
-
-
-def _empty_in_huge_pages(like: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor of the shape and dtype of another, in pages of 2 MiB where the system has them.
-
-    Weight gradients are fresh memory in every training step, and touching it for the first time in pages of 4 KiB
-    costs nearly as much as computing what goes in.
-    """
-    # What is smaller comes from memory that malloc keeps, touched before.
-    if like.nbytes < SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(like.shape, dtype=like.dtype)
-    memory = mmap.mmap(-1, like.nbytes + 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return torch.empty(like.shape, dtype=like.dtype)
-    address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=-address % 2**21).view_as(like)

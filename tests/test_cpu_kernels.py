@@ -79,8 +79,9 @@ class TestAgainstTheLoop:
     def fixed(self, kernel, monkeypatch):
         monkeypatch.setenv("COE_CPU_KERNEL", kernel)
 
+    @pytest.mark.parametrize("in_place", [False, True])
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_products(self, dtype, widths, counts, transposed):
+    def test_products(self, dtype, widths, counts, transposed, in_place):
         torch.manual_seed(0)
         height, width = widths
         inputs = torch.randn(sum(counts), height).to(dtype)
@@ -90,7 +91,9 @@ class TestAgainstTheLoop:
         experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
         for row, expert in enumerate(experts):
             expected[row] = inputs[row].double() @ weight[expert].double()
-        actual = grouped_product(inputs, weight, torch.tensor(counts), sum(counts) / len(counts))
+        out = torch.full(expected.shape, torch.nan, dtype=dtype) if in_place else None
+        actual = grouped_product(inputs, weight, torch.tensor(counts), sum(counts) / len(counts), out)
+        assert actual is out or not in_place
         assert_close(actual, expected, dtype)
 
     def test_products_that_are_added(self, dtype, widths, counts):
@@ -116,6 +119,9 @@ class TestAgainstTheLoop:
         actual = grouped_outer_product(left, right, torch.tensor(counts), sum(counts) / len(counts), out)
         assert actual is out or not in_place
         assert_close(actual, expected, dtype)
+        if in_place:
+            grouped_outer_product(left, right, torch.tensor(counts), sum(counts) / len(counts), out, add=True)
+            assert_close(out, 2 * expected, dtype)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -278,15 +278,16 @@ class TestAgainstTheLoop:
             output = sum(experts(*call).sum() for call in calls)
         assert_close(torch.autograd.grad(output, experts.parameters()), expected, 1e-10)
 
+    @pytest.mark.parametrize("num_tokens", [11, 70])  # joins the calls' rows, adds the calls' products
     @pytest.mark.parametrize("cached_bytes", [0, 300, 900])
-    def test_experts_in_blocks(self, monkeypatch, cached_bytes):
+    def test_experts_in_blocks(self, monkeypatch, cached_bytes, num_tokens):
         """Forward, backward and the gradients of the weights, as many experts as the caches and the memory have room
         for at a time: the result does not depend on it."""
         experts = make_experts(7)
-        calls = [make_call(experts, 11, sentinels=True) for _ in range(3)]
+        calls = [make_call(experts, num_tokens, sentinels=True) for _ in range(3)]
         whole = shared_results(experts, calls)
         monkeypatch.setattr(grouped_experts, "_CACHED_BYTES", cached_bytes)
-        monkeypatch.setattr(grouped_experts, "SMALL_BYTES", 0)
+        monkeypatch.setattr(grouped_experts, "LARGE_BYTES", 0)
         blocks = list(grouped_experts._blocks(torch.tensor([4, 0, 0, 1, 3, 2, 0]), 128))
         assert len(blocks) == {0: 4, 300: 4, 900: 2}[cached_bytes]
         assert_computes(experts, calls)
@@ -732,40 +733,7 @@ class TestStepsAside:
         assert_close(*outcomes, 1e-5)
 
 
-class TestHugePages:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
-    def test_large_tensors(self, dtype):
-        like = torch.empty((5, 2**12, 2**10), dtype=dtype)
-        tensor = grouped_experts._empty_in_huge_pages(like)
-        assert tensor.shape == like.shape and tensor.dtype == dtype and tensor.is_contiguous()
-        assert tensor.data_ptr() % 2**21 == 0
-        tensor.fill_(2)
-        last = tensor[-1]
-        del tensor
-        gc.collect()
-        assert (last == 2).all()
-
-    def test_small_tensors_are_torchs(self, monkeypatch):
-        monkeypatch.setattr(mmap, "mmap", None)
-        for like in (torch.empty(0, 4, 5), torch.empty(3, 4, 5, dtype=torch.float16)):
-            tensor = grouped_experts._empty_in_huge_pages(like)
-            assert tensor.shape == like.shape and tensor.dtype == like.dtype
-
-    @pytest.mark.parametrize("missing", ["constant", "support"])
-    def test_systems_without(self, monkeypatch, missing):
-        class Memory(mmap.mmap):
-            def madvise(self, *_):
-                raise OSError(22, "Invalid argument")
-
-        if missing == "constant":
-            monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-        else:
-            monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-            monkeypatch.setattr(mmap, "mmap", Memory)
-        tensor = grouped_experts._empty_in_huge_pages(torch.empty(3, 2**11, 2**11)).fill_(1)
-        assert tensor.shape == (3, 2**11, 2**11) and tensor[-1, -1, -1] == 1
-
+class TestLargeGradients:
     def test_as_gradients(self):
         """What training does with `.grad`, against a gradient in torch's own memory."""
         experts = make_experts(2, 2**11, 2**10, torch.float32)
