@@ -32,7 +32,7 @@ from .modeling_coe import (
     CoeModel,
     CoePreTrainedModel,
 )
-from .quantization import int8_weight_only, quantization_report
+from .quantization import int4_weight_only, int8_weight_only, quantization_report
 
 
 AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
@@ -92,6 +92,7 @@ __all__ = [
     "CoeForTokenClassification",
     "CoeModel",
     "CoePreTrainedModel",
+    "int4_weight_only",
     "int8_weight_only",
     "lora_config",
     "quantization_report",

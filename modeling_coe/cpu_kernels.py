@@ -6,8 +6,7 @@ shapes ([`Product`]), on a small product of its own, in a few milliseconds. The 
 batch and not from the routing, and what was chosen stays: the same inputs give the same bits. Two processes may
 measure differently. To have one choice throughout, hand it on (`choices`, `use`), or set
 
-    COE_CPU_KERNEL    `auto` (default), `grouped_mm`, `mm` or `onednn`; the last three are used wherever they can
-                      compute the product, and `mm` elsewhere
+    COE_CPU_KERNEL    `auto` (default) or a kernel, used wherever it can compute the product, and `mm` elsewhere
 
     python -m modeling_coe.cpu_kernels --hidden-size 512 --expert-width 352
 
@@ -19,6 +18,11 @@ Kernels, the preferred one first:
 - `mm`: a loop of `torch.mm`, for every dtype
 - `onednn`: a loop of oneDNN's products, for float32 only: torch takes oneDNN for the narrow dtypes itself, and MKL for
   float32, which leaves its fastest kernels unused on some processors
+
+With quantised weights, `mm` widens one matrix after another to the dtype of the rows, and there are two more:
+
+- `packed`: torch's products with weights of 8 and 4 bits as they are stored, rows in bfloat16
+- `bfloat16_mm`: `mm` in bfloat16 where rows are float32
 
 oneDNN compiles a kernel for every shape, which takes longer than the product. Routing decides how many rows an expert
 has, so these come in steps of 16 wherever oneDNN computes, and `grouped_mm`, which knows no steps, computes in the
@@ -44,6 +48,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig
 
+from .quantized_weights import BFLOAT16_MM, GROUP_SIZE, PACKED, QuantizedMatrices, packed_obstacle
+
 
 VARIABLE = "COE_CPU_KERNEL"
 MARGIN = 1.05  # what a kernel may take, relative to the fastest, and still be preferred
@@ -60,7 +66,8 @@ def grouped_product(
 
     Args:
         inputs (`torch.Tensor`): (R, in), contiguous.
-        weight (`torch.Tensor`): (N, in, out), in the dtype of `inputs`; itself contiguous, or its transpose is.
+        weight (`torch.Tensor` or `QuantizedMatrices`): (N, in, out), in the dtype of `inputs`; itself contiguous, or
+            its transpose is.
         counts (`torch.Tensor`): (N,) rows of each expert, int64.
         load (`float`): Rows per expert, as the shape of the batch has it.
         out (`torch.Tensor`, *optional*): Where to write the result; contiguous.
@@ -68,9 +75,26 @@ def grouped_product(
     Returns:
         `torch.Tensor`: (R, out), `out` if that is given. The matrices of experts without a row are not read.
     """
+    if isinstance(weight, QuantizedMatrices):
+        output = multiply_quantized(inputs, weight, *_with_rows(counts), load)
+        return output if out is None else out.copy_(output)
     kind = "input gradient" if weight.is_contiguous() else "output"
     kernel = kernel_for(Product.of(kind, inputs.dtype, *weight.shape[1:], load))
     return _grouped_product(kernel, inputs, weight, counts, out)
+
+
+def multiply_quantized(
+    inputs: torch.Tensor, weight: QuantizedMatrices, matrices: list[int], sizes: list[int], load: float
+) -> torch.Tensor:
+    """Rows times some of quantised matrices, see [`QuantizedMatrices.multiply`].
+
+    Args:
+        load (`float`): Rows per matrix, as the shape of the batch has it.
+    """
+    kernel = "mm"
+    if weight.is_transposed:  # or else it is the gradient of the rows
+        kernel = kernel_for(Product.of(QUANTIZED_KINDS[weight.bits], weight.dtype, *weight.shape[1:], load))
+    return weight.multiply(inputs, matrices, sizes, kernel)
 
 
 def _grouped_product(
@@ -84,15 +108,17 @@ def _grouped_product(
     if kernel == "grouped_mm" and out is None and _is_aligned(inputs, weight):
         return F.grouped_mm(inputs, weight, offs=counts.cumsum(0, dtype=torch.int32))
     output = inputs.new_empty(len(inputs), weight.shape[2]) if out is None else out
-    experts, sizes = [], []
-    for expert, count in enumerate(counts.tolist()):
-        if count:  # in decoding most experts have no row
-            experts.append(expert)
-            sizes.append(count)
+    experts, sizes = _with_rows(counts)
     product = _product(kernel, inputs.dtype)
     for expert, rows, expert_out in zip(experts, inputs.split(sizes), output.split(sizes), strict=True):
         product(rows, weight[expert], out=expert_out)
     return output
+
+
+def _with_rows(counts: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The experts that have rows, few of them in decoding, and how many each has."""
+    pairs = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
+    return [expert for expert, _ in pairs], [count for _, count in pairs]
 
 
 def add_grouped_product(
@@ -209,7 +235,7 @@ def _onednn_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class Product(NamedTuple):
     """A class of products that are computed by one kernel."""
 
-    kind: str  # of `KINDS`
+    kind: str  # of `KINDS` or `QUANTIZED_KINDS`
     dtype: torch.dtype
     shape: tuple[int, int]  # (in, out), or (a, b) of an outer product; wide ones share a class
     rows: int  # per expert on average, in steps of powers of 2
@@ -236,6 +262,11 @@ class Product(NamedTuple):
 
 
 KINDS = ("output", "input gradient", "weight gradient", "weight gradient in place")
+QUANTIZED_KINDS = {8: "output of 8-bit weights", 4: "output of 4-bit weights"}
+
+
+def _bits(product: Product) -> int | None:
+    return next((bits for bits, kind in QUANTIZED_KINDS.items() if kind == product.kind), None)
 
 
 def _grouped_mm_obstacle(product: Product) -> str | None:
@@ -260,11 +291,28 @@ def _onednn_obstacle(product: Product) -> str | None:
     return None
 
 
+def _packed_obstacle(product: Product) -> str | None:
+    if product.dtype not in (torch.float32, torch.bfloat16):
+        return f"it rounds rows to bfloat16, which {product.dtype} is not meant to be"
+    return packed_obstacle(_bits(product), *product.shape)
+
+
+def _bfloat16_mm_obstacle(product: Product) -> str | None:
+    if product.dtype != torch.float32:
+        return f"it is there for float32, and `mm` for {product.dtype}"
+    return None
+
+
 # Kernel -> why it cannot compute a product, or None. The preferred one comes first.
 KERNELS: dict[str, Callable[[Product], str | None]] = {
     "grouped_mm": _grouped_mm_obstacle,
     "mm": lambda product: None,
     "onednn": _onednn_obstacle,
+}
+QUANTIZED_KERNELS: dict[str, Callable[[Product], str | None]] = {
+    "mm": lambda product: None,
+    PACKED: _packed_obstacle,
+    BFLOAT16_MM: _bfloat16_mm_obstacle,
 }
 
 _chosen: dict[Product, str] = {}
@@ -280,8 +328,8 @@ def kernel_for(product: Product) -> str:
     """
     kernel = os.environ.get(VARIABLE, "auto")
     if kernel != "auto":
-        if kernel not in KERNELS:
-            raise ValueError(f"{VARIABLE} is {kernel!r}; choose one of {', '.join(['auto', *KERNELS])}.")
+        if kernel not in (names := _names()):
+            raise ValueError(f"{VARIABLE} is {kernel!r}; choose one of {', '.join(['auto', *names])}.")
         return _possible(kernel, product)
     if product not in _chosen:
         with _lock:  # backward may come from several threads
@@ -292,7 +340,16 @@ def kernel_for(product: Product) -> str:
 
 
 def _possible(kernel: str, product: Product) -> str:
-    return kernel if KERNELS[kernel](product) is None else "mm"
+    obstacle = _kernels_of(product).get(kernel)
+    return "mm" if obstacle is None or obstacle(product) is not None else kernel
+
+
+def _kernels_of(product: Product) -> dict[str, Callable[[Product], str | None]]:
+    return KERNELS if _bits(product) is None else QUANTIZED_KERNELS
+
+
+def _names() -> list[str]:
+    return list(KERNELS | QUANTIZED_KERNELS)
 
 
 def choices() -> dict[str, str]:
@@ -311,8 +368,8 @@ def use(choices: dict[str, str]) -> None:
         ValueError: One of the kernels is unknown.
     """
     for name, kernel in choices.items():
-        if kernel not in KERNELS:
-            raise ValueError(f"{name!r} has the unknown CPU kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
+        if kernel not in _names():
+            raise ValueError(f"{name!r} has the unknown CPU kernel {kernel!r}; choose one of {', '.join(_names())}.")
     with _lock:
         _given.update(choices)
         for product in _chosen:
@@ -328,7 +385,9 @@ def measure(product: Product) -> dict[str, float | str]:
 
     Where no two kernels can, nothing is measured, and the seconds of the one that can are 0.
     """
-    outcome: dict[str, float | str] = {kernel: obstacle(product) or 0.0 for kernel, obstacle in KERNELS.items()}
+    outcome: dict[str, float | str] = {
+        kernel: obstacle(product) or 0.0 for kernel, obstacle in _kernels_of(product).items()
+    }
     able = [kernel for kernel, result in outcome.items() if result == 0.0]
     if len(able) > 1:
         # A thread of its own has none of the caller's modes: autograd, autocast, dispatch, default device.
@@ -398,6 +457,9 @@ def _example(product: Product) -> Callable[[str], torch.Tensor]:
         return torch.ones(shape, dtype=product.dtype)
 
     left = tensor(int(counts.sum()), height)
+    if (bits := _bits(product)) is not None:
+        weight = _example_weight(bits, num_experts, height, width, product.dtype)
+        return lambda kernel: weight.multiply(left, *_with_rows(counts), kernel)
     if product.kind in ("output", "input gradient"):
         transposed = product.kind == "output"
         weight = tensor(num_experts, width, height).mT if transposed else tensor(num_experts, height, width)
@@ -405,6 +467,15 @@ def _example(product: Product) -> Callable[[str], torch.Tensor]:
     right = tensor(len(left), width)
     out = tensor(num_experts, height, width) if product.kind == "weight gradient in place" else None
     return lambda kernel: _grouped_outer_product(kernel, left, right, counts, out)
+
+
+def _example_weight(bits: int, num_experts: int, height: int, width: int, dtype: torch.dtype) -> QuantizedMatrices:
+    if bits == 8:
+        data, scale = torch.ones(num_experts, width, height, dtype=torch.int8), torch.ones(num_experts, width)
+    else:
+        data = torch.zeros(num_experts, width, height // 2, dtype=torch.uint8)
+        scale = torch.ones(num_experts, height // GROUP_SIZE, width, 2, dtype=torch.bfloat16)
+    return QuantizedMatrices(data, scale, dtype, is_packed=bits == 4).mT
 
 
 # ---- Doctor ---------------------------------------------------------------------------------------------------------
@@ -420,9 +491,16 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def layer_products(hidden_size: int, expert_width: int, load: float, dtype: torch.dtype) -> Iterator[Product]:
-    """The products of a layer's experts, forward and backward, with `load` rows per expert."""
+def layer_products(
+    hidden_size: int, expert_width: int, load: float, dtype: torch.dtype, bits: int | None = None
+) -> Iterator[Product]:
+    """The products of a layer's experts, forward and backward, with `load` rows per expert, or those with weights of
+    8 or 4 bits."""
     gate_up, down = (hidden_size, 2 * expert_width), (expert_width, hidden_size)
+    if bits is not None:
+        for height, width in (gate_up, down):
+            yield Product.of(QUANTIZED_KINDS[bits], dtype, height, width, load)
+        return
     for height, width in (gate_up, down):
         yield Product.of("output", dtype, height, width, load)
     for height, width in (gate_up, down):
@@ -441,6 +519,7 @@ def _doctor(argv: list[str] | None = None) -> int:
     parser.add_argument("--expert-width", type=int, default=352, help="moe_intermediate_size")
     parser.add_argument("--rows", type=float, nargs="+", default=[1, 16, 64], help="per expert, on average")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    parser.add_argument("--bits", type=int, choices=QUANTIZED_KINDS, help="of quantised weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     hidden_size, expert_width, dtype = args.hidden_size, args.expert_width, getattr(torch, args.dtype)
@@ -455,8 +534,10 @@ def _doctor(argv: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads: {args.threads}")
     print(f"{VARIABLE}: {os.environ.get(VARIABLE, 'auto')}")
     print(f"hidden size {hidden_size}, expert width {expert_width}\n")
-    products = [product for load in args.rows for product in layer_products(hidden_size, expert_width, load, dtype)]
-    print(f"{'microseconds of a small product':64}" + "".join(f"{kernel:>12}" for kernel in KERNELS) + "  chosen")
+    layer = functools.partial(layer_products, hidden_size, expert_width, dtype=dtype, bits=args.bits)
+    products = [product for load in args.rows for product in layer(load=load)]
+    kernels = _kernels_of(products[0])
+    print(f"{'microseconds of a small product':64}" + "".join(f"{kernel:>12}" for kernel in kernels) + "  chosen")
     reasons = {}
     for product in dict.fromkeys(products):
         outcome = measure(product)

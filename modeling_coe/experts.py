@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .adapters import PARAM_WRAPPER, PROJECTIONS, adapted_experts_forward, is_active, low_rank_factors, obstacle
 from .cpu_memory import LARGE_BYTES
 from .grouped_experts import ExpertWeights, Projection, compute_experts
+from .quantized_weights import QuantizedMatrices, is_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,7 @@ def grouped_mm_experts_forward(
     `"megablocks"` where torch would loop over experts. `"torch_grouped_mm"` is transformers' own everywhere.
 
     Args:
-        hidden_states (`torch.Tensor`): (T, H); computed in the dtype of the expert weights.
+        hidden_states (`torch.Tensor`): (T, H); computed in the dtype of the expert weights, or autocast's on the CPU.
         top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
         top_k_weights (`torch.Tensor`): (T, K) routing weights; the weighted sum is accumulated in their dtype.
 
@@ -52,6 +53,11 @@ def grouped_mm_experts_forward(
     weights = self.shared_weights
     if weights is None:
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        if is_quantized(gate_up_proj) or is_quantized(down_proj):
+            forward = _quantized_experts_forward
+            if torch.compiler.is_compiling():
+                forward = torch.compiler.disable(forward, reason="the routing decides which matrices are read")
+            return forward(self, hidden_states, top_k_index, top_k_weights)
         gate_up, down = (
             Projection(weight, *self.adapters.get(name, ()))
             for name, weight in zip(PROJECTIONS, (gate_up_proj, down_proj), strict=True)
@@ -59,20 +65,36 @@ def grouped_mm_experts_forward(
         if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
             if self.adapters:
                 return adapted_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down)
-            if not torch.compiler.is_compiling() and type(gate_up_proj).__module__.startswith("torchao."):
-                # Such tensors can be multiplied with expert by expert, and not grouped: what `"eager"` does.
-                return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
             is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
             if is_plain and prefers_megablocks(gate_up_proj):
                 return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        if not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
+        dtype = _autocast_dtype(gate_up_proj, top_k_index)
+        if dtype is not None:
+            gate_up, down = gate_up.to(dtype), down.to(dtype)
+        elif not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
             return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         weights = ExpertWeights(gate_up, down)
-        if self.is_sharing_weights and torch.is_grad_enabled():
+        if self.is_sharing_weights and (torch.is_grad_enabled() or dtype is not None):
             self.shared_weights = weights
     tokens = hidden_states.to(weights.dtype)
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
+
+
+def _quantized_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """On the CPU as other weights, in the dtype of `hidden_states` or autocast's. What torchao's tensors can do
+    elsewhere is to be multiplied with expert by expert, which is what `"eager"` does."""
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    gate_up, down = (QuantizedMatrices.of(weight, dtype) for weight in (experts.gate_up_proj, experts.down_proj))
+    if gate_up is None or down is None or not _is_computed_here(hidden_states, experts.act_fn):
+        return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
+    weights = ExpertWeights(Projection(gate_up), Projection(down))
+    output = compute_experts(hidden_states.to(dtype), top_k_index, top_k_weights, weights, experts.act_fn)
+    return output.to(hidden_states.dtype)
 
 
 def _from_the_hub(name: str, trains: bool) -> ExpertsForward:
@@ -122,6 +144,17 @@ def _are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
+def _autocast_dtype(weight: torch.Tensor, top_k_index: torch.Tensor) -> torch.dtype | None:
+    """What autocast would have the weights multiplied in, as it has those of linear modules, where that is another
+    dtype than theirs. Without gradients and with few tokens, a copy of all weights costs more than the products."""
+    if not torch.is_autocast_enabled("cpu") or weight.dtype == torch.float64:
+        return None
+    if not torch.is_grad_enabled() and top_k_index.numel() < len(weight):
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    return None if dtype == weight.dtype else dtype
+
+
 def _gains_nothing(
     num_iterations: int, top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> bool:
@@ -142,8 +175,8 @@ def _gains_nothing(
 
 
 def check_adaptable(weight: torch.Tensor) -> None:
-    """Raises `ValueError` where a weight of the experts is of torchao's, to which PEFT cannot add an adapter."""
-    if type(weight).__module__.startswith("torchao."):
+    """Raises `ValueError` where a weight of the experts is quantised, to which PEFT cannot add an adapter."""
+    if is_quantized(weight):
         raise ValueError(
             f"The routed experts are quantised ({type(weight).__name__}): PEFT adapts parameters by adding to them, "
             "which such tensors cannot do. Adapt attention, shared experts and routers alone, `lora_config(model, "
@@ -159,9 +192,9 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
     are multiplied by the adapters instead (see `adapters.py`). Where that cannot be, they are added once for all
     calls, with gradients and without.
 
-    Steps aside, leaving every call on its own, where nothing is gained (no gradient and no adapter), where a release
-    of PEFT has other names for what is used here, or where the weights come and go with every call: experts that are a
-    unit of FSDP or of ZeRO-3 themselves.
+    Steps aside, leaving every call on its own, where nothing is gained (no gradient, adapter nor autocast), where a
+    release of PEFT has other names for what is used here, or where the weights come and go with every call: experts
+    that are a unit of FSDP or of ZeRO-3 themselves.
     """
     wrappers = []
     while all(hasattr(experts, name) for name in PARAM_WRAPPER):
@@ -169,7 +202,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or not (wrappers or torch.is_grad_enabled())
+        or not (wrappers or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         or torch.compiler.is_compiling()
     ):
         yield

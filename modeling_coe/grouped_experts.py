@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 from .cpu_memory import LARGE_BYTES, empty
+from .quantized_weights import QuantizedMatrices
 
 
 _CACHED_BYTES = 2**21  # what a core's caches hold on most processors
@@ -49,7 +50,7 @@ def compute_experts(
         factors = *weights.gate_up[1:], *weights.down[1:]
         return _GroupedExperts.apply(tokens, top_k_weights, weights.anchor, *factors, top_k_index, weights, act_fn)
     compute = _one_token if len(tokens) == 1 else _without_gradient
-    if not weights.are_adapted and _are_all(top_k_index, weights.num_experts):
+    if not weights.are_adapted and not weights.are_quantized and _are_all(top_k_index, weights.num_experts):
         compute = _all_experts
     return compute(tokens, top_k_index, top_k_weights, weights, act_fn)
 
@@ -100,13 +101,18 @@ def add_grouped_product(*args) -> None:
     _kernels()[2](*args)
 
 
+def multiply_quantized(*args) -> torch.Tensor:
+    """[`cpu_kernels.multiply_quantized`]."""
+    return _kernels()[3](*args)
+
+
 class Projection(NamedTuple):
     """The matrices of one projection: `weight + b @ a` for each expert, or `weight` where no adapter is active.
 
     The sum is never made: rows are multiplied by what it is made of.
     """
 
-    weight: torch.Tensor  # (N, out, in)
+    weight: torch.Tensor | QuantizedMatrices  # (N, out, in)
     a: torch.Tensor | None = None  # (N, r, in), contiguous, an adapter's scaling in it
     b: torch.Tensor | None = None  # (N, out, r), contiguous where gradients are wanted
 
@@ -116,6 +122,10 @@ class Projection(NamedTuple):
         if self.a is None:
             return Projection(self.weight.mT)
         return Projection(self.weight.mT, self.b.mT, self.a.mT)
+
+    def to(self, dtype: torch.dtype) -> "Projection":
+        """The matrices in another dtype."""
+        return Projection(*(None if factor is None else factor.to(dtype) for factor in self))
 
     def of(self, experts: slice) -> "Projection":
         """The matrices of a range of experts."""
@@ -133,12 +143,17 @@ class Projection(NamedTuple):
             add_grouped_product(output, reduced, self.b.mT, counts)
         return output
 
-    def multiply_row(self, row: torch.Tensor, expert: int, out: torch.Tensor) -> None:
-        """Writes a row (in) times the matrix of one expert to `out` (out)."""
-        out.addmv_(self.weight[expert], row, beta=0)  # what is multiplied by `beta=0` is not read
-        if self.a is not None:
-            reduced = row.new_empty(self.a.shape[1]).addmv_(self.a[expert], row, beta=0)
-            out.addmv_(self.b[expert], reduced)
+    def multiply_each(self, rows: torch.Tensor, experts: list[int]) -> torch.Tensor:
+        """Rows (R, in) times the matrices of R experts, (R, out): reads these, and nothing else."""
+        if isinstance(self.weight, QuantizedMatrices):
+            return multiply_quantized(rows, self.weight.mT, experts, [1] * len(experts), 1)
+        output = rows.new_empty(len(experts), self.weight.shape[1])
+        for expert, row, out in zip(experts, rows.unbind(), output.unbind(), strict=True):
+            out.addmv_(self.weight[expert], row, beta=0)  # what is multiplied by `beta=0` is not read
+            if self.a is not None:
+                reduced = row.new_empty(self.a.shape[1]).addmv_(self.a[expert], row, beta=0)
+                out.addmv_(self.b[expert], reduced)
+        return output
 
     def adapter_gradient(
         self, inputs: torch.Tensor, grad_outputs: torch.Tensor, counts: torch.Tensor, load: float
@@ -153,11 +168,11 @@ class Projection(NamedTuple):
 
 
 @functools.cache
-def _kernels() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Callable[..., None]]:
+def _kernels() -> tuple[Callable, ...]:
     # Imported by the first call, so that `python -m modeling_coe.cpu_kernels` runs a module not imported before.
-    from .cpu_kernels import add_grouped_product, grouped_outer_product, grouped_product
+    from .cpu_kernels import add_grouped_product, grouped_outer_product, grouped_product, multiply_quantized
 
-    return grouped_product, grouped_outer_product, add_grouped_product
+    return grouped_product, grouped_outer_product, add_grouped_product, multiply_quantized
 
 
 def _first_order(backward: Callable) -> Callable:
@@ -199,7 +214,9 @@ class _GroupedExperts(torch.autograd.Function):
         rows = Rows.sort(top_k_index, weights.num_experts)
         blocks, outputs = _mlp(tokens, rows, weights, act_fn)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tokens, top_k_weights, *weights.gate_up, *weights.down, *rows, *blocks)
+            ctx.quantized = (weights.gate_up, weights.down) if weights.are_quantized else None
+            factors = (None,) * 6 if weights.are_quantized else (*weights.gate_up, *weights.down)
+            ctx.save_for_backward(tokens, top_k_weights, *factors, *rows, *blocks)
             ctx.gradients, ctx.act_fn = weights.gradients, act_fn
         return sum_rows(outputs, rows.slot, top_k_weights)
 
@@ -207,7 +224,7 @@ class _GroupedExperts(torch.autograd.Function):
     @_first_order
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, top_k_weights, *saved = ctx.saved_tensors
-        gate_up_proj, down_proj = Projection(*saved[:3]), Projection(*saved[3:6])
+        gate_up_proj, down_proj = ctx.quantized or (Projection(*saved[:3]), Projection(*saved[3:6]))
         rows, blocks = Rows(*saved[6 : 6 + len(Rows._fields)]), saved[6 + len(Rows._fields) :]
         is_gate_up_adapter_trained = any(ctx.needs_input_grad[3:5])
         is_down_adapter_trained = any(ctx.needs_input_grad[5:7])
@@ -327,14 +344,10 @@ def _one_token(
     if max(experts) >= weights.num_experts:
         here = [slot for slot, expert in enumerate(experts) if expert < weights.num_experts]
         experts, top_k_weights = [experts[slot] for slot in here], top_k_weights[:, here]
-    gate_up = token.new_empty(len(experts), weights.gate_up.weight.shape[1])
-    for expert, row in zip(experts, gate_up.unbind(), strict=True):
-        weights.gate_up.multiply_row(token[0], expert, out=row)
-    gate, up = gate_up.chunk(2, dim=-1)
-    inner = act_fn(gate) * up
-    outputs = token.new_empty(len(experts), token.shape[1])
-    for expert, row, out in zip(experts, inner.unbind(), outputs.unbind(), strict=True):
-        weights.down.multiply_row(row, expert, out)
+    if not experts:
+        return top_k_weights.new_zeros(token.shape)
+    gate, up = weights.gate_up.multiply_each(token.expand(len(experts), -1), experts).chunk(2, dim=-1)
+    outputs = weights.down.multiply_each(act_fn(gate) * up, experts)
     return (outputs * top_k_weights.mT).sum(dim=0, keepdim=True)
 
 
@@ -413,12 +426,12 @@ class ExpertWeights:
         self.gate_up, self.down = gate_up, down
         self.gradients = _PendingGradients()
         self.anchor = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.are_quantized:
             self.anchor = _WeightGradients.apply(gate_up.weight, down.weight, self.gradients)
 
     @property
     def num_experts(self) -> int:
-        return len(self.gate_up.weight)
+        return self.gate_up.weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -427,6 +440,10 @@ class ExpertWeights:
     @property
     def are_adapted(self) -> bool:
         return self.gate_up.a is not None or self.down.a is not None
+
+    @property
+    def are_quantized(self) -> bool:
+        return isinstance(self.gate_up.weight, QuantizedMatrices)
 
 
 class _WeightGradients(torch.autograd.Function):

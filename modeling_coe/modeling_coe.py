@@ -70,7 +70,8 @@ from .balancing import balancing_losses, label_token_share, packed_sequences, ro
 from .checkpoint import check_chain_keys, read_keys
 from .configuration_coe import BACKBONES, CoeConfig
 from .experts import COE_EXPERTS_FUNCTIONS, sharing_weights
-from .quantization import layer_recipe
+from .quantization import layer_recipe, was_loaded_quantized
+from .quantized_linear import prepare_quantized
 from .releases import CACHE, cache_argument, initialize_rotary_embedding, slice_logits_to_keep, takes_cache
 from .staging import staged_files
 from .state_dict import (
@@ -521,6 +522,7 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
             unexpected -= {key for key in unexpected if ".mlp.shared_experts." in key}
         if load_config.hf_quantizer is not None:
             load_config.hf_quantizer.quantization_config = layer_recipe(load_config.hf_quantizer.quantization_config)
+            prepare_quantized(model)
         return loaded
 
     def save_pretrained(
@@ -554,6 +556,9 @@ class CoePreTrainedModel(DeepseekV2PreTrainedModel):
                 state_dict = gather_state_dict(self)
         if self._model_class().__module__ == __name__:  # the code of a subclass elsewhere is its author's to map
             self.config.auto_map = dict(AUTO_MAP)
+        if was_loaded_quantized(self):
+            # transformers cannot undo how it has read torchao's tensors. They are in the fused layout anyway.
+            kwargs.setdefault("save_original_format", False)
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
         is_writer = self.should_save_on_this_rank(is_main_process)
         if push_to_hub or is_distributed_checkpoint or not is_writer:

@@ -8,6 +8,7 @@ their dtype, and nobody says so: a model "in 8 bit" may hold nine tenths of its 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from transformers import TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantized_weights import GROUP_SIZE, PackedInt4Tensor, can_pack, is_quantized, quantize_int4
 
 
 ROUTED_EXPERTS = "routed experts"
@@ -106,7 +109,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
             f"{experts.share:.0%} of the routed experts' parameters are quantised. They are "
             f"{experts.parameters / report.total.parameters:.0%} of the model, which is {report.total.share:.0%} "
             "quantised: quantisers of linear modules, such as bitsandbytes, leave fused 3D experts as they are. "
-            "`modeling_coe.quantization.int8_weight_only` reaches them.",
+            "`modeling_coe.int8_weight_only` and `int4_weight_only` reach them.",
             stacklevel=2,
         )
     return report
@@ -115,16 +118,18 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
 def int8_weight_only() -> TorchAoConfig:
     """8-bit weights for torchao, symmetric with one scale per output row: linear modules and the routed experts.
 
-    The output head, embeddings, norms and routers keep their dtype. To be used as `quantization_config`:
+    The output head, embeddings, norms, routers and `kv_b_proj` of latent attention keep their dtype. To be used as
+    `quantization_config`:
 
     ```python
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=int8_weight_only())
     ```
 
-    On the CPU the default experts implementation then multiplies with one expert's weight at a time, which is what
-    torchao's tensors can do; elsewhere `experts_implementation="eager"` does. `save_pretrained` and `from_pretrained`
-    keep the 8 bits, in the fused layout. This saves memory and not time: on the CPU, weights are widened whenever they
-    are used.
+    `save_pretrained` and `from_pretrained` keep the 8 bits, in the fused layout.
+
+    On the CPU rows are multiplied by the 8 bits as they are stored, or by one widened matrix at a time, as
+    `cpu_kernels.py` chooses; those of float32 models are rounded to bfloat16 where that is faster
+    (`COE_CPU_KERNEL=mm`: never). Elsewhere torchao multiplies, with one expert's weight at a time.
 
     Raises:
         ImportError: torchao is not installed.
@@ -132,31 +137,97 @@ def int8_weight_only() -> TorchAoConfig:
     try:
         from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
     except ImportError as error:
-        raise ImportError(
-            "`int8_weight_only` needs torchao, which is not installed: `pip install torchao`."
-        ) from error
+        raise ImportError(_NO_TORCHAO.format("int8_weight_only")) from error
 
-    int8 = Int8WeightOnlyConfig()
-    # torchao knows parameters that are not called `weight` by name only.
-    experts, linear = r"re:.*\.mlp\.experts\.(gate_up|down)_proj", r"re:.*_proj(_with_mqa)?\.weight"
-    return TorchAoConfig(FqnToConfig({experts: int8, linear: int8}))
+    return TorchAoConfig(FqnToConfig(dict.fromkeys(_QUANTIZED_WEIGHTS, Int8WeightOnlyConfig())))
+
+
+def int4_weight_only() -> TorchAoConfig:
+    """4-bit weights for torchao, with a scale and a zero in bfloat16 for every 32 inputs: 5 bits a weight.
+
+    What is quantised, and how it is used and saved, is as with [`int8_weight_only`]. Weights whose inputs are no
+    multiple of 32 get 8 bits.
+
+    On the CPU only: torchao's kernels for GPUs multiply with linear modules, and not with one expert of several.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig
+    except ImportError as error:
+        raise ImportError(_NO_TORCHAO.format("int4_weight_only")) from error
+
+    int4 = Int4WeightOnlyConfig(group_size=GROUP_SIZE)
+    return _Int4Config(FqnToConfig(dict.fromkeys(_QUANTIZED_WEIGHTS, int4)))
+
+
+_NO_TORCHAO = "`{}` needs torchao, which is not installed: `pip install torchao`."
+# torchao knows parameters that are not called `weight` by name only. Latent attention that absorbs `kv_b_proj`, a
+# small part of a model, reads the weight itself.
+_QUANTIZED_WEIGHTS = (r"re:.*\.mlp\.experts\.(gate_up|down)_proj", r"re:.*(?<!kv_b)_proj(_with_mqa)?\.weight")
+
+
+class _Int4Config(TorchAoConfig):
+    """Is saved as torchao's own recipe, whose quantisation needs a library for GPUs, and quantises by ours."""
+
+    def get_apply_tensor_subclass(self) -> Any:
+        recipe = copy.copy(self.quant_type)
+        int4 = _int4_recipe()()
+        recipe.fqn_to_config = recipe.module_fqn_to_config = dict.fromkeys(recipe.fqn_to_config, int4)
+        return recipe
+
+
+@functools.cache
+def _int4_recipe() -> type:
+    from torchao.core.config import AOBaseConfig
+    from torchao.quantization import Int8Tensor, PerRow
+    from torchao.quantization.transform_module import register_quantize_module_handler
+
+    @dataclass
+    class Int4Recipe(AOBaseConfig):
+        """torchao's `Int4WeightOnlyConfig` on the CPU, and 8 bits where inputs do not fit its groups."""
+
+    @register_quantize_module_handler(Int4Recipe)
+    def quantize(module: nn.Module, recipe: Int4Recipe, *, parameter_name: str = "weight") -> nn.Module:
+        weight = getattr(module, parameter_name)
+        if weight.shape[-1] % GROUP_SIZE:
+            quantized = Int8Tensor.from_hp(weight.detach(), PerRow())
+        else:
+            quantized = quantize_int4(weight)
+            if weight.device.type == "cpu" and can_pack(quantized):
+                quantized = PackedInt4Tensor.pack(quantized)
+        setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
+        return module
+
+    return Int4Recipe
 
 
 class _LayerRecipe(TorchAoConfig):
     def get_apply_tensor_subclass(self) -> Any:
         recipe = super().get_apply_tensor_subclass()
         first, *others = getattr(recipe, "fqn_to_config", {None: recipe}).values()
-        return first if all(other == first for other in others) else recipe
+        if any(other != first for other in others):
+            return recipe
+        return _int4_recipe()() if type(first).__name__ == "Int4WeightOnlyConfig" else first
 
 
 def layer_recipe(config: QuantizationConfigMixin) -> QuantizationConfigMixin:
     """The configuration of a loaded model's quantiser, such that whoever quantises a linear module of it anew (PEFT
     does, after merging an adapter) gets what torchao takes for a module, where the model has a single recipe."""
-    if type(config) is not TorchAoConfig:
+    if type(config) not in (TorchAoConfig, _Int4Config):
         return config
     config = copy.copy(config)
     config.__class__ = _LayerRecipe
     return config
+
+
+def was_loaded_quantized(model: nn.Module) -> bool:
+    """Whether a model's weights were torchao's tensors already where it was loaded from."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return (
+        quantizer is not None and quantizer.pre_quantized and isinstance(quantizer.quantization_config, TorchAoConfig)
+    )
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, int, int, bool]]:
@@ -178,7 +249,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, int, int, bool]]:
 
 
 def _is_quantized(tensor: torch.Tensor) -> bool:
-    return type(tensor.data).__module__.split(".")[0] == "torchao" or tensor.element_size() == 1
+    data = tensor.data
+    return is_quantized(data) or type(data).__module__.split(".")[0] == "torchao" or data.element_size() == 1
 
 
 def _logical_size(module: nn.Module, tensor: torch.Tensor) -> int:
@@ -203,4 +275,4 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return data.nbytes + sum(scale.nbytes for scale in scales if scale is not None)
 
 
-__all__ = ["QuantizationReport", "QuantizedShare", "int8_weight_only", "quantization_report"]
+__all__ = ["QuantizationReport", "QuantizedShare", "int4_weight_only", "int8_weight_only", "quantization_report"]

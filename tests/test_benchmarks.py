@@ -15,6 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from benchmarks import experts, generate, measure, rows_per_expert, train_step
 from modeling_coe import CoeConfig
 
+from .helpers import save_chain
+
 
 SCRIPTS = {"experts": experts, "generate": generate, "rows_per_expert": rows_per_expert, "train_step": train_step}
 
@@ -306,6 +308,40 @@ def test_adapters(tmp_path, capsys):
         for row in rows.values():
             ratios = [one / all for one, all in zip(row["samples"], rows[module.ALL]["samples"], strict=True)]
             assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
+
+
+def test_quantized(tmp_path, capsys):
+    """A model of every form with its size, times and predictions; float32 is as fast as itself, and agrees."""
+    pytest.importorskip("torchao")
+    module = importlib.import_module("benchmarks.quantized")
+    save_chain(tmp_path / "model", length=600)
+    rows = [{"question": "How many apples?" * 20, "answer": "Three." * 20}] * 10
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), "--output", str(tmp_path)]
+    results = module.main([*places, "--tokens", "512", "--quick"])
+    text = (tmp_path / "quantized-model.md").read_text()
+    assert capsys.readouterr().out == text + "\n" and str(tmp_path) not in text
+    saved = (tmp_path / "quantized-model.json").read_text()
+    assert json.loads(saved)["rows"] == results["rows"] and str(tmp_path) not in saved
+    assert (tmp_path / "quantized-model.png").stat().st_size > 0
+    assert [row["model"] for row in results["rows"]] == list(module.OPTIONS) and results["tokens"] == 512
+    first, *others = results["rows"]
+    assert first["agreement"] == 1 and all(task["ratio"]["median"] == 1 for task in first["tasks"].values())
+    for row in others:
+        assert tuple(row["tasks"]) == module.TASKS[:-1] and row["bytes"] < first["bytes"] and row["agreement"] > 0.5
+        assert abs(row["perplexity"] / first["perplexity"] - 1) < 0.2
+        for task, figures in row["tasks"].items():
+            ratios = [one / two for one, two in zip(figures["samples"], first["tasks"][task]["samples"], strict=True)]
+            assert figures["ratio"] == measure.spread(ratios)._asdict() and min(figures["samples"]) > 0
+
+
+def test_training_by_autocast(tmp_path):
+    pytest.importorskip("torchao")
+    module = importlib.import_module("benchmarks.quantized")
+    settings = ["--size", "tiny", "--quick", "--tasks", "train_step", "--output", str(tmp_path)]
+    training = module.main(settings)["training"]
+    assert tuple(training) == module.TRAINED and training[module.FLOAT32]["ratio"]["median"] == 1
+    assert all(min(figures["samples"]) > 0 for figures in training.values())
 
 
 def test_balance_of_a_router():

@@ -232,7 +232,7 @@ class TestChoice:
     def test_bad_variable(self, monkeypatch):
         monkeypatch.setenv("COE_CPU_KERNEL", "mkl")
         with pytest.raises(
-            ValueError, match=r"^COE_CPU_KERNEL is 'mkl'; choose one of auto, grouped_mm, mm, onednn\.$"
+            ValueError, match=r"^COE_CPU_KERNEL is 'mkl'; choose one of auto, grouped_mm, mm, onednn, packed, "
         ):
             kernel_for(PRODUCT)
 
@@ -379,6 +379,14 @@ class TestDoctor:
         assert cpu_kernels._doctor([str(tmp_path), "--rows", "2"]) == 0
         out = capsys.readouterr().out
         assert "hidden size 32," in out and "onednn: torch itself takes oneDNN for torch.float64" in out
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_quantized_weights(self, capsys, bits):
+        options = ["--hidden-size", "64", "--expert-width", "24", "--rows", "1", "--bits", str(bits)]
+        assert cpu_kernels._doctor(options) == 0
+        out = capsys.readouterr().out
+        assert f"output of {bits}-bit weights, float32, 64 x 48, rows 1" in out and "bfloat16_mm" in out
+        assert ("multiple of 16 features" if bits == 8 else "in groups of 32") in out
 
     def test_fixed_kernel(self, capsys, monkeypatch):
         monkeypatch.setenv("COE_CPU_KERNEL", "mm")

@@ -381,22 +381,39 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("num_tokens", [1, 12])
     @pytest.mark.parametrize("backward", ["inside", "outside"])
-    def test_autocast(self, backward, num_tokens, dtype, token_dtype):
-        """Neither transformers' function nor this one takes part: the weights' dtype is what counts."""
+    def test_autocast(self, monkeypatch, backward, num_tokens, dtype, token_dtype):
+        """As linear modules do, experts compute in autocast's dtype, and gradients have that of the weights. Without
+        gradients a few tokens are computed in the weights' dtype, which is cheaper than a copy of all weights."""
         experts = make_experts(6, 32, 24, dtype)
-        call = make_call(experts, num_tokens, 4, dtype=token_dtype)
-        outcomes = []
-        for module in (experts, with_backend(experts, "torch_grouped_mm")):
-            with torch.autocast("cpu", dtype=torch.bfloat16), sharing_weights(module):
-                outputs = [in_a_row(module, [call])]
-                with torch.no_grad():
-                    outputs.append(module(*call))
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward == "inside"):
-                outcomes.append(outputs + gradients_of(outputs[0], [call], module.parameters()))
-        actual, expected = outcomes
-        assert [tensor.dtype for tensor in actual] == [tensor.dtype for tensor in expected]
-        is_float32 = dtype == token_dtype == torch.float32 and backward == "outside"
-        assert_close(actual, expected, 1e-5 if is_float32 else 2**-6)
+        calls = [make_call(experts, num_tokens, 4, dtype=token_dtype) for _ in range(2)]
+        computed_in, casts = [], []
+        compute, cast = grouped_experts.compute_experts, grouped_experts.Projection.to
+
+        def record(tokens, *args):
+            computed_in.append(tokens.dtype)
+            return compute(tokens, *args)
+
+        monkeypatch.setattr(experts_module, "compute_experts", record)
+        monkeypatch.setattr(grouped_experts.Projection, "to", lambda *args: casts.append(1) or cast(*args))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with sharing_weights(experts):
+                output = in_a_row(experts, calls)
+            with torch.no_grad(), sharing_weights(experts):
+                without_gradient = in_a_row(experts, calls)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward == "inside"):
+            gradients = gradients_of(output, calls, experts.parameters())
+        assert computed_in == [torch.bfloat16] * 2 + [torch.bfloat16 if num_tokens == 12 else dtype] * 2
+        # Two projections, cast once for both calls.
+        assert len(casts) == (0 if dtype == torch.bfloat16 else 2 if num_tokens == 1 else 4)
+        assert [gradient.dtype for gradient in gradients[:3]] == [dtype, dtype, token_dtype]
+        expected = loop_results(experts, calls)
+        assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-5)
+
+    def test_autocast_leaves_float64(self):
+        experts = make_experts()
+        call = make_call(experts, 12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_computes(experts, [call])
 
 
 class TestSharing:
@@ -803,8 +820,10 @@ class TestOneDnn:
             assert "mkldnn._linear_pointwise.default" not in operators.counts
 
     def test_autocast_does_not_lower_it(self):
+        """Its products are of float32, in the backward of a pass without autocast, say."""
         experts = make_experts(1, 32, 16, torch.float32)
         call = make_call(experts, 20, 1)
+        output = in_a_row(experts, [call])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            actual = shared_results(experts, [call])
+            actual = [output, *gradients_of(output, [call], experts.parameters())]
         assert_close(actual, loop_results(experts, [call]), 1e-5)

@@ -756,6 +756,27 @@ class TestMegablocks:
         )
 
 
+class TestPackedProducts:
+    """Where one is missing, matrices are widened instead: `cpu_kernels.py` says so."""
+
+    def test_8_bits(self):
+        rows, weight = torch.randn(3, 32, dtype=torch.bfloat16), torch.randint(-127, 128, (16, 32), dtype=torch.int8)
+        product = torch._weight_int8pack_mm(rows, weight, torch.ones(16, dtype=torch.bfloat16))
+        assert (product.double() - rows.double() @ weight.double().T).abs().max() < 0.01 * 127 * 32, (
+            "decoding with 8-bit weights on the CPU would take as long as with float32"
+        )
+
+    def test_4_bits(self):
+        rows, weight = torch.randn(3, 32, dtype=torch.bfloat16), torch.randint(0, 16, (16, 32))
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.int(), 1)
+        scale_and_zero = torch.tensor([2.0, 1.0], dtype=torch.bfloat16).expand(1, 16, 2).contiguous()
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, 32, scale_and_zero)
+        assert packed.shape == (16, 16) and packed.dtype == torch.uint8
+        assert (product.double() - rows.double() @ (2.0 * (weight - 8) + 1).double().T).abs().max() < 0.01 * 16 * 32, (
+            "4-bit weights on the CPU would be widened, or stand for other numbers"
+        )
+
+
 class TestTorchAo:
     def test_tensors(self):
         pytest.importorskip("torchao")
@@ -770,6 +791,58 @@ class TestTorchAo:
         assert type(data).__module__.partition(".")[0] == "torchao", "reports do not see that a weight is quantised"
         names, _ = data.__tensor_flatten__()
         assert torch.int8 in {getattr(data, name).dtype for name in names}, "reports count the bytes of other weights"
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_parts_of_tensors(self, bits):
+        """What `quantized_weights.py` reads, under the names that it reads."""
+        torchao = pytest.importorskip("torchao.quantization")
+        from modeling_coe import quantized_weights
+
+        reason = "the CPU would multiply quantised weights as torchao does, several times slower"
+        assert quantized_weights.Int8Tensor is torchao.Int8Tensor, reason
+        assert quantized_weights.Int4Tensor is torchao.Int4Tensor, reason
+        assert issubclass(torchao.Int8Tensor, quantized_weights.TorchAOBaseTensor), reason
+        assert issubclass(torchao.Int4Tensor, quantized_weights.TorchAOBaseTensor), reason
+        if bits == 8:
+            linear = nn.Linear(64, 48, bias=False)
+            torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())
+            weight = linear.weight
+            assert weight.qdata.shape == (48, 64) and weight.qdata.dtype == torch.int8, reason
+            assert weight.scale.shape == (48, 1) and not weight.zero_point.any(), reason
+            assert weight.act_quant_kwargs is weight.act_pre_scale is None, reason
+            torch.testing.assert_close(weight.dequantize(), weight.qdata * weight.scale, msg=reason)
+            by_row = torchao.Int8Tensor.from_hp(nn.Linear(64, 48).weight.detach(), torchao.PerRow())
+            assert by_row.scale.shape == (48, 1), "weights that do not fit groups of 4 bits would not be quantised"
+        else:
+            shapes = (48, 32), (2, 48), (2, 48)
+            dtypes = torch.uint8, torch.bfloat16, torch.bfloat16
+            parts = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+            weight = torchao.Int4Tensor(*parts, [1, 32], torch.Size((48, 64)))
+            assert weight.shape == (48, 64) and weight.act_pre_scale is None, reason
+            assert all(getattr(weight, n) is p for n, p in zip(("qdata", "scale", "zero_point"), parts, strict=True))
+
+    def test_a_tensor_of_our_own(self):
+        pytest.importorskip("torchao")
+        from modeling_coe.quantized_weights import PackedInt4Tensor
+
+        assert callable(torch.Tensor._make_wrapper_subclass), "weights could not be kept in 4 bits"
+        data = torch.zeros(16, 16, dtype=torch.uint8), torch.zeros(1, 16, 2, dtype=torch.bfloat16)
+        parameter = nn.Parameter(PackedInt4Tensor(*data), requires_grad=False)
+        assert type(parameter) is PackedInt4Tensor, "parameters lose their parts"
+        assert parameter.qdata.data_ptr() == data[0].data_ptr(), "parameters are copies"
+        assert type(parameter.detach().clone()) is PackedInt4Tensor, "weights of 4 bits could not be copied or saved"
+
+    def test_recipes(self):
+        """Quantising to 4 bits by a recipe of our own under the name of torchao's."""
+        pytest.importorskip("torchao")
+        from torchao.core.config import AOBaseConfig
+        from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig
+        from torchao.quantization.transform_module import register_quantize_module_handler
+
+        reason = "`int4_weight_only` cannot quantise without torchao's library for GPUs"
+        assert issubclass(Int4WeightOnlyConfig, AOBaseConfig) and callable(register_quantize_module_handler), reason
+        recipe = FqnToConfig({"weight": Int4WeightOnlyConfig(group_size=32)})
+        assert recipe.fqn_to_config == recipe.module_fqn_to_config, reason
 
     def test_experts_are_found_by_name(self):
         pytest.importorskip("torchao")
