@@ -84,7 +84,8 @@ def main() -> None:
         assert torch.equal(reloaded.state_dict()[name], tensor), name
     assert {file.stem for file in args.save.glob("*.py")} == {
         *("modeling_coe", "configuration_coe", "adapters", "attention", "backbones", "balancing", "checkpoint"),
-        *("cpu_kernels", "experts", "grouped_experts", "quantization", "releases", "staging", "state_dict"),
+        *("cpu_kernels", "cpu_memory", "experts", "grouped_experts", "quantization", "quantized_linear"),
+        *("quantized_weights", "releases", "staging", "state_dict"),
     }
     assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
     if dist.get_rank() == 0:
