@@ -11,6 +11,7 @@ figure is the mean of some consecutive steps; filling the cache is not part of i
 
 import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,11 +24,12 @@ from benchmarks.measure import (
     BenchmarkSettings,
     Task,
     TimedCall,
+    Work,
     forward_work,
     parse_settings,
     random_ids,
 )
-from modeling_coe import int8_weight_only
+from modeling_coe import CoeConfig, int8_weight_only
 from modeling_coe.command_line import command, setting
 from modeling_coe.releases import CACHE
 
@@ -61,6 +63,12 @@ def prefill_task(bench: Benchmark) -> Task:
     )
 
 
+def step_work(bench: Benchmark, batch: int, context: int, steps: int) -> Callable[[CoeConfig], list[Work]]:
+    """The work of one of the greedy steps after `context` tokens, with a cache of its average length."""
+    mean_context = context + (steps - 1) / 2
+    return lambda config: [forward_work(config, batch, 1, mean_context, logits=1, itemsize=bench.itemsize)]
+
+
 def decode_task(bench: Benchmark, name: str) -> Task:
     """Greedy steps after a prompt that is in the cache."""
     batch, context = DECODE[name]
@@ -85,13 +93,7 @@ def decode_task(bench: Benchmark, name: str) -> Task:
 
         return run
 
-    mean_context = context + (steps - 1) / 2
-    return Task(
-        name,
-        batch,
-        lambda config: [forward_work(config, batch, 1, mean_context, logits=1, itemsize=bench.itemsize)],
-        start,
-    )
+    return Task(name, batch, step_work(bench, batch, context, steps), start)
 
 
 def compiled_decode_task(bench: Benchmark, name: str) -> Task:
@@ -125,13 +127,7 @@ def compiled_decode_task(bench: Benchmark, name: str) -> Task:
 
         return run
 
-    mean_context = context + (steps - 1) / 2
-    return Task(
-        name,
-        batch,
-        lambda config: [forward_work(config, batch, 1, mean_context, logits=1, itemsize=bench.itemsize)],
-        start,
-    )
+    return Task(name, batch, step_work(bench, batch, context, steps), start)
 
 
 def in_int8(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,11 +22,12 @@ from transformers.utils import logging
 from .adapters import PARAM_WRAPPER, PROJECTIONS, adapted_experts_forward, is_active, low_rank_factors, obstacle
 from .cpu_memory import LARGE_BYTES
 from .grouped_experts import ExpertWeights, Projection, compute_experts
-from .quantized_weights import QuantizedMatrices, is_quantized
+from .quantized_weights import QuantizedMatrices, dtype_of_products, is_quantized
 
 
 logger = logging.get_logger(__name__)
 
+ALTERNATIVES = 'Other values of `experts_implementation`: "grouped_mm", "batched_mm", "eager".'
 ExpertsForward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -86,9 +87,7 @@ def _quantized_experts_forward(
 ) -> torch.Tensor:
     """On the CPU as other weights, in the dtype of `hidden_states` or autocast's. What torchao's tensors can do
     elsewhere is to be multiplied with expert by expert, which is what `"eager"` does."""
-    dtype = hidden_states.dtype
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype = dtype_of_products(hidden_states)
     gate_up, down = (QuantizedMatrices.of(weight, dtype) for weight in (experts.gate_up_proj, experts.down_proj))
     if gate_up is None or down is None or not _is_computed_here(hidden_states, experts.act_fn):
         return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
@@ -100,18 +99,17 @@ def _quantized_experts_forward(
 def _from_the_hub(name: str, trains: bool) -> ExpertsForward:
     """An implementation of transformers' with kernels of the Hub, whose errors name the remedy."""
     experts_forward = ALL_EXPERTS_FUNCTIONS[name]
-    others = 'Other values of `experts_implementation`: "grouped_mm", "batched_mm", "eager".'
 
     def experts_forward_or_remedy(
         self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         if not trains and torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
-            raise ValueError(f"`{name}` has no gradients. Use it under `torch.no_grad()`. {others}")
+            raise ValueError(f"`{name}` has no gradients. Use it under `torch.no_grad()`. {ALTERNATIVES}")
         try:
             return experts_forward(self, hidden_states, top_k_index, top_k_weights)
         except ImportError as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise ImportError(f"`{name}` cannot run: {reason}. {others}") from error
+            raise ImportError(f"`{name}` cannot run: {reason}. {ALTERNATIVES}") from error
 
     return experts_forward_or_remedy
 

@@ -43,6 +43,8 @@ from torch.nn import functional as F
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.utils import logging
 
+from .experts import ALTERNATIVES
+
 
 logger = logging.get_logger(__name__)
 
@@ -63,8 +65,6 @@ TORCH_GROUPED_MAJORS = (9, 10)
 MIN_CAPABILITY = (8, 0)  # from here on Triton has matrix instructions for both halves
 # Triton's float32 products without TF32 do not fit into registers: torch's loop is no worse.
 PREFERRED_DTYPES = (torch.bfloat16, torch.float16)
-
-ALTERNATIVES = 'Other values of `experts_implementation`: "grouped_mm", "batched_mm", "eager".'
 
 
 def megablocks_experts_forward(

@@ -12,6 +12,7 @@ from .quantized_weights import (
     PackedInt4Tensor,
     QuantizedMatrices,
     can_pack,
+    dtype_of_products,
     is_quantized,
 )
 
@@ -35,9 +36,7 @@ class QuantizedLinear(nn.Linear):
         return self._multiply(inputs)
 
     def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
-        dtype = inputs.dtype
-        if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype("cpu")
+        dtype = dtype_of_products(inputs)
         matrix = QuantizedMatrices.of(self.weight, dtype)
         if matrix is None:
             return super().forward(inputs)

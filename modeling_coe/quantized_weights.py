@@ -41,6 +41,13 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return isinstance(weight, TorchAOBaseTensor)
 
 
+def dtype_of_products(inputs: torch.Tensor) -> torch.dtype:
+    """What rows on the CPU are multiplied in: their dtype, or autocast's where that is enabled."""
+    if torch.is_autocast_enabled("cpu") and inputs.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return inputs.dtype
+
+
 class QuantizedMatrices:
     """N quantised matrices (out, in), or a single one, or their transposes, which multiply rows of one dtype.
 
