@@ -180,9 +180,12 @@ class _Int4Config(TorchAoConfig):
 
 @functools.cache
 def _int4_recipe() -> type:
-    from torchao.core.config import AOBaseConfig
-    from torchao.quantization import Int8Tensor, PerRow
-    from torchao.quantization.transform_module import register_quantize_module_handler
+    try:
+        from torchao.core.config import AOBaseConfig
+        from torchao.quantization import Int8Tensor, PerRow
+        from torchao.quantization.transform_module import register_quantize_module_handler
+    except ImportError as error:
+        raise ImportError(_NO_TORCHAO.format("int4_weight_only")) from error
 
     @dataclass
     class Int4Recipe(AOBaseConfig):

@@ -1,7 +1,10 @@
 """A saved folder loads where this package is not installed, from the code it carries."""
 
+import sys
+
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from .helpers import assert_equal_up_to_rounding, random_ids, run_isolated, tiny_model
 
@@ -65,6 +68,14 @@ def test_folder_is_self_sufficient(tmp_path, fields):
     loaded = type(model).from_pretrained(again)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_code_of_a_folder_asks_for_nothing_that_users_of_transformers_lack(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    at_hand = {*sys.stdlib_module_names, "huggingface_hub", "numpy", "safetensors", "torch", "tqdm", "transformers"}
+    # What is imported outside of `try` has to be installed before any of the code is run.
+    asked_for = {path.name: set(get_imports(path)) - at_hand for path in tmp_path.glob("*.py")}
+    assert asked_for == dict.fromkeys(asked_for, set()) and "modeling_coe.py" in asked_for
 
 
 def test_without_trust_the_folder_does_not_run_its_code(tmp_path):
