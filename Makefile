@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 # What has to hold on every release of transformers.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs balancing bias_balancing chain \
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
-	reference releases remote_code seams serving sources trainer_checkpoints training transformers)
+	quantization reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
 .PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks gpu gpu-wheels \
 	evidence clean
@@ -37,7 +37,7 @@ test-today:
 	rm -rf $(VENV)-today
 	$(PYTHON) -m venv $(VENV)-today
 	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[finetune,megablocks,test]'
+	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[finetune,megablocks,quantization,test]'
 	$(VENV)-today/bin/python -m pip list --disable-pip-version-check
 	$(VENV)-today/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
 
@@ -95,5 +95,5 @@ $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
-		--editable '.[finetune,megablocks,test]'
+		--editable '.[finetune,megablocks,quantization,test]'
 	touch $@

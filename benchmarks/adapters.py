@@ -9,11 +9,11 @@ model in a fresh process (see `train_step.py`). "added to weights" is what PEFT 
 """
 
 import functools
-import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -31,10 +31,12 @@ from benchmarks.measure import (
     build,
     coe_config,
     describe_machine,
+    draw_ratios,
     parse_settings,
     quantity,
     random_ids,
     spread,
+    write_results,
 )
 from benchmarks.train_step import adamw, in_fresh_process, memory_obstacle, peak_memory, training_step
 from modeling_coe.command_line import command, setting
@@ -172,6 +174,15 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws every task of every model, relative to full fine-tuning; in decoding to the model without adapters."""
+    ratios: dict[str, dict[str, float]] = {name: {} for name in MODELS}
+    for row in results["rows"]:
+        ratios[row["model"]][row["task"]] = row["ratio"]["median"]
+    title = f"adapters, size {results['settings']['size']}, {results['machine']['device']}"
+    draw_ratios(ratios, ALL, title, path)
+
+
 @command
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = parse_settings(AdapterSettings, __doc__.splitlines()[0], argv)
@@ -189,12 +200,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "skipped": skipped,
     }
-    settings.output.mkdir(parents=True, exist_ok=True)
-    path = settings.output / f"adapters-{settings.size}"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results))
-    return results
+    return write_results(results, settings.output / f"adapters-{settings.size}", markdown, plot)
 
 
 if __name__ == "__main__":

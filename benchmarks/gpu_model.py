@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.gpu import slug
 from benchmarks.markdown import table
+from benchmarks.measure import write_results
 from modeling_coe.command_line import check_folder, command, parse, setting
 
 
@@ -450,13 +451,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "shapes": {name: shape._asdict() for name, shape in SHAPES.items()},
         "rows": rows_of(settings.results),
     }
-    settings.output.mkdir(parents=True, exist_ok=True)
-    path = settings.output / "experts"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
-    plot(results, path.with_suffix(".png"))
-    print(markdown(results))
-    return results
+    return write_results(results, settings.output / "experts", markdown, plot)
 
 
 if __name__ == "__main__":

@@ -639,6 +639,49 @@ def parse_settings(kind: type[Settings], description: str, argv: list[str] | Non
 # ---- Report ---------------------------------------------------------------------------------------------------------
 
 
+def write_results(
+    results: dict[str, Any],
+    path: Path,
+    markdown: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> dict[str, Any]:
+    """Writes results as `.json`, their tables as `.md` and what is drawn of them as `.png`, and prints the tables.
+
+    Args:
+        path (`Path`): Without the ending of a file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
+    plot(results, path.with_suffix(".png"))
+    print(markdown(results))
+    return results
+
+
+def draw_ratios(ratios: dict[str, dict[str, float]], reference: str, title: str, path: Path) -> None:
+    """Draws bars from 1 in groups, on a logarithmic axis.
+
+    Args:
+        ratios (`dict[str, dict[str, float]]`): Model -> what is compared -> ratio to the reference.
+        reference (`str`): What the ratios are to.
+    """
+    figure = Figure(figsize=(9, 3.5))  # drawn by Agg, which needs no display
+    axes = figure.subplots()
+    groups = list(next(iter(ratios.values())))
+    width = 0.8 / len(ratios)
+    for position, (name, of_model) in enumerate(ratios.items()):
+        places = [index + (position - (len(ratios) - 1) / 2) * width for index in range(len(groups))]
+        axes.bar(places, [of_model[group] - 1 for group in groups], width, bottom=1, label=name)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(ylabel=f"relative to {reference}", title=title)
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def quantity(value: float, unit: str) -> str:
     """A time in milliseconds or a size in MiB."""
     return f"{value * 1e3:,.4g} ms" if unit == "s" else f"{value / 2**20:,.1f} MiB"

@@ -11,7 +11,6 @@ which before left the experts in float32.
 """
 
 import copy
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from unittest import mock
 
 import torch
 from datasets import load_dataset
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
@@ -38,10 +36,12 @@ from benchmarks.measure import (
     build,
     coe_config,
     describe_machine,
+    draw_ratios,
     parse_settings,
     quantity,
     random_ids,
     spread,
+    write_results,
 )
 from benchmarks.train_step import adamw, training_step
 from modeling_coe import int4_weight_only, int8_weight_only, quantization_report
@@ -273,22 +273,14 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws size and times of every model as bars, relative to float32."""
+    """Draws size and times of every model, relative to float32."""
     rows = results["rows"]
-    names = ["size", *rows[0]["tasks"]]
-    figure = Figure(figsize=(9, 3.5))  # drawn by Agg, which needs no display
-    axes = figure.subplots()
-    width = 0.8 / len(rows)
-    for position, row in enumerate(rows):
-        ratios = [row["bytes"] / rows[0]["bytes"], *(task["ratio"]["median"] for task in row["tasks"].values())]
-        places = [index + (position - (len(rows) - 1) / 2) * width for index in range(len(names))]
-        axes.bar(places, ratios, width, label=row["model"])
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="relative to float32", title=f"quantised, {results['name']}, {results['machine']['device']}")
-    axes.legend(fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    ratios = {
+        row["model"]: {"size": row["bytes"] / rows[0]["bytes"]}
+        | {task: figures["ratio"]["median"] for task, figures in row["tasks"].items()}
+        for row in rows
+    }
+    draw_ratios(ratios, FLOAT32, f"quantised, {results['name']}, {results['machine']['device']}", path)
 
 
 @command
@@ -317,13 +309,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "training": {name: with_ratio(training, name) for name in training},
         "rows": list(rows_of(models, times, blocks, is_mid)),
     }
-    settings.output.mkdir(parents=True, exist_ok=True)
     path = settings.output / f"quantized-{name.removeprefix('size ')}"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
-    plot(results, path.with_suffix(".png"))
-    print(markdown(results))
-    return results
+    return write_results(results, path, markdown, plot)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
-"""Memory of large CPU tensors that every training step takes and gives up again.
+"""Memory of the weights' gradients on the CPU, which every training step takes and gives up again.
 
 malloc gives blocks of this size back to the system at once, and the next step has them again as pages that are not
 there: to touch these for the first time costs as much as to compute what goes in, and a virtual machine that has
 returned them to its host in the meantime waits for the host as well. So blocks that nothing uses any more are kept
 for the next tensor of their size. The system is told that it may have their pages back (`MADV_FREE`), which it takes
 when memory is short; until then they count as resident.
+
+It is for tensors whose sizes are the model's. Those that go with the batch come in ever other sizes, and blocks that
+fit none of them would only be in the way.
 """
 
 import ctypes

@@ -233,9 +233,9 @@ class _GroupedExperts(torch.autograd.Function):
         grad_output = grad_output.to(tokens.dtype)
         row_weights = top_k_weights.reshape(-1, 1)[rows.choice]  # (R, 1)
         grad_row_weights = torch.empty_like(row_weights)
-        num_rows, dtype = len(row_weights), tokens.dtype
-        grad_gate_up = empty(num_rows, gate_up_proj.weight.shape[1], dtype=dtype)  # (R, 2I)
-        inner = empty(num_rows, down_proj.weight.shape[2], dtype=dtype)  # (R, I), input of the down projection
+        num_rows = len(row_weights)
+        grad_gate_up = tokens.new_empty(num_rows, gate_up_proj.weight.shape[1])  # (R, 2I)
+        inner = tokens.new_empty(num_rows, down_proj.weight.shape[2])  # (R, I), input of the down projection
         for (experts, block), gate_up in zip(rows.blocks(gate_up_proj.weight), blocks, strict=True):
             counts = rows.counts[experts]
             gate, up = gate_up.chunk(2, dim=-1)
@@ -269,7 +269,7 @@ class _GroupedExperts(torch.autograd.Function):
             ctx.gradients.add(gate_up=_Factors(rows, grad_gate_up, tokens), down=_Factors(rows, inner, grad_output))
         grad_tokens = grad_top_k_weights = None
         if ctx.needs_input_grad[0]:
-            grad_rows = empty(num_rows, tokens.shape[1], dtype=dtype)  # (R, H)
+            grad_rows = tokens.new_empty(num_rows, tokens.shape[1])  # (R, H)
             gate_up_proj.mT.multiply(grad_gate_up, rows.counts, rows.load, out=grad_rows)
             grad_tokens = sum_rows(grad_rows, rows.slot).to(tokens.dtype)
         if ctx.needs_input_grad[1]:
@@ -294,7 +294,7 @@ def _mlp(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gate and up (rows, 2I) of each block, and the output (R, H) of each row's expert."""
     blocks, gate_up = list(rows.blocks(weights.gate_up.weight)), []
-    outputs = empty(len(rows.token), tokens.shape[1], dtype=tokens.dtype) if len(blocks) > 1 else None
+    outputs = tokens.new_empty(len(rows.token), tokens.shape[1]) if len(blocks) > 1 else None
     for experts, block in blocks:
         inputs, counts = tokens.index_select(0, rows.token[block]), rows.counts[experts]
         gate_up.append(weights.gate_up.of(experts).multiply(inputs, counts, rows.load))
