@@ -93,7 +93,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.errorbar(x, [r["median"] for r in ratios], yerr=error, marker="o", capsize=3, label=name)
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(sorted({rows_per_expert(size, row["tokens"]) for row in rows}))
     axes.set(
