@@ -27,7 +27,7 @@ RESULTS = {
     "generate": {f"generate-tiny.{end}" for end in ("json", "md", "png")},
     "compile": {f"generate-tiny-compiled.{end}" for end in ("json", "md", "png")},
     "compile-train": {f"train_step-tiny-compiled.{end}" for end in ("json", "md", "png")},
-    "adapters": {"adapters-tiny.json", "adapters-tiny.md"},
+    "adapters": {f"adapters-tiny.{end}" for end in ("json", "md", "png")},
     "int8": {f"generate-tiny-int8.{end}" for end in ("json", "md", "png")},
     "headline": set(),
 }
