@@ -148,6 +148,12 @@ def torchrun(module: str, *arguments: str | Path) -> subprocess.CompletedProcess
     )
 
 
+def without_torchao(stderr: str) -> str:
+    """What a process printed but for what torchao says, which transformers imports where it is installed."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if "torchao" not in line and "torch/utils/_pytree.py" not in line)
+
+
 def run_isolated(script: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """Runs a program outside the project, which it cannot import, with a folder of its own for remote code."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
