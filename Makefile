@@ -12,6 +12,9 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs bal
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	quantization reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
+# The oldest PEFT imports names that torchao has no more.
+RELEASE_EXTRAS_newest := ,quantization
+
 .PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks gpu gpu-wheels \
 	evidence clean
 
@@ -95,5 +98,5 @@ $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
-		--editable '.[finetune,megablocks,quantization,test]'
+		--editable '.[finetune,megablocks,test$(RELEASE_EXTRAS_$*)]'
 	touch $@
