@@ -593,9 +593,7 @@ class Benchmark:
             "notes": self.notes,
             "comparisons": [comparison.figures(self.settings, rates) for comparison in self.comparisons],
         }
-        self.settings.output.mkdir(parents=True, exist_ok=True)
-        self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(markdown(results))
+        write_tables(results, self.path, markdown(results))
         return results
 
     @property
@@ -639,6 +637,13 @@ def parse_settings(kind: type[Settings], description: str, argv: list[str] | Non
 # ---- Report ---------------------------------------------------------------------------------------------------------
 
 
+def write_tables(results: dict[str, Any], path: Path, tables: str) -> None:
+    """Writes results as `.json` and their tables as `.md`; `path` is without the ending, and its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables)
+
+
 def write_results(
     results: dict[str, Any],
     path: Path,
@@ -650,11 +655,10 @@ def write_results(
     Args:
         path (`Path`): Without the ending of a file; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    tables = markdown(results)
+    write_tables(results, path, tables)
     plot(results, path.with_suffix(".png"))
-    print(markdown(results))
+    print(tables)
     return results
 
 
