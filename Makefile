@@ -40,7 +40,8 @@ test-today:
 	rm -rf $(VENV)-today
 	$(PYTHON) -m venv $(VENV)-today
 	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[finetune,megablocks,quantization,test]'
+	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[finetune,megablocks,quantization,test]'
 	$(VENV)-today/bin/python -m pip list --disable-pip-version-check
 	$(VENV)-today/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
 
