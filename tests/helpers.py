@@ -155,7 +155,7 @@ def without_torchao(stderr: str) -> str:
     its own that do not load, and enumerations that torch knows by now. Everything where it is not installed."""
     if importlib.util.find_spec("torchao") is None:
         return stderr
-    its_own = re.compile(r"Failed to load \S*/torchao/|W\d{4} .* torch/utils/_pytree\.py:\d+\] <enum ")
+    its_own = re.compile(r"Failed to load \S*/torchao/|W\d{4} .*\btorch/utils/_pytree\.py:\d+\] <enum ")
     return "".join(line for line in stderr.splitlines(keepends=True) if not its_own.match(line))
 
 
