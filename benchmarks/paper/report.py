@@ -216,8 +216,8 @@ def summary(evidence: Evidence) -> list[str]:
 
 
 NOT_TRIED = (
-    "Not tried: other values of the two numbers, options in pairs, more than four iterations, more than two loops "
-    "over whole layers, and models or data of another size than this scale's."
+    "Not tried: other values of the two numbers, other pairs of options, more than four iterations, more than two "
+    "loops over whole layers, and models or data of another size than this scale's."
 )
 
 

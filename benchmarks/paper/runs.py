@@ -31,7 +31,7 @@ CPU_KERNEL = "grouped_mm"  # of the experts: a run that is computed again has th
 # Settings that `examples/pretrain.py` does not have.
 OWN_SETTINGS = ("kind", "variant", "bf16", "cpu_kernel", "data_set", "split", "timed_steps", "reference", "problems")
 Kind = Literal["train", "timing"]
-STABILISED_EXPERIMENTS = ("stabilised", "stabilised_second_data")
+STABILISED_EXPERIMENTS = ("stabilised", "norm_and_scale", "stabilised_second_data", "norm_and_scale_second_data")
 LADDER_EXPERIMENTS = ("ladder", "ladder_second_data")
 PAPER_EXPERIMENTS = tuple(name for name in EXPERIMENTS if name not in (*STABILISED_EXPERIMENTS, *LADDER_EXPERIMENTS))
 
