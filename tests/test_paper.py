@@ -894,19 +894,34 @@ class TestReport:
         scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))
         experiment = scale.experiment("stabilised")
         chain, single = experiment.contrasts[0].arm, experiment.contrasts[0].against
+        normed = experiment.contrasts[1].against
         known = {}
-        for arm, losses in ((chain, [0.9, 1.81]), (single, [1.0, 2.0])):
+        for arm, losses in ((chain, [0.9, 1.81]), (single, [1.0, 2.0]), (normed, [0.8, 1.7])):
             lines = [line(made, [[0, 6.0], [4, 1.0]]) for made in tuning_runs(scale, [arm])]
             for seed, loss in enumerate(losses, start=1):
                 lines.append(line(Run(scale, arm, 1e-3, seed), [[0, 6.0], [4, loss]]))
+            steps = {"median": 2.0 if arm == chain else 1.0, "q1": 0.9, "q3": 1.1}
+            lines.append(line(Run(scale, arm.model, 0.0, TIMING_SEED, kind="timing"), [], ratio=steps))
             known |= {entry["id"]: entry for entry in lines}
-        text = "\n".join(report.summary(Evidence(scale, known)))
-        assert f"1 of {len(experiment.contrasts)} comparisons have runs; {len(experiment.contrasts) - 1} are" in text
-        sentence = next(
-            row for row in text.splitlines() if row.startswith("- CoE-2(5/64) prenorm, stabilised against")
+        evidence = Evidence(scale, known)
+        text = "\n".join(report.summary(evidence))
+        assert "**MoE(11/64) prenorm, branch norm, scaled** has the lowest loss, 1.2500." in text
+        assert re.search(
+            r"best chain is \*\*CoE-2\(5/64\) prenorm, stabilised\*\*: -9.7 ± [\d.]+ % from MoE\(11/64\) prenorm and "
+            r"\+8.4 ± [\d.]+ % from MoE\(11/64\) prenorm, branch norm, scaled",
+            text,
         )
-        assert re.search(r"against MoE\(11/64\) prenorm: -9.7 ± [\d.]+ % \(2 of 5 seeds\), so that CoE-2", sentence)
-        assert sentence.endswith("lower loss than MoE(11/64): **cannot tell**.")
+        rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ")][2:]
+        assert [(row[0], row[1], *row[4:]) for row in rows] == [
+            ("| MoE(11/64) prenorm, branch norm, scaled", "1.2500", "1.00", "1.00", "2 |"),
+            ("| CoE-2(5/64) prenorm, stabilised", "1.3550", "2.00", "1.00", "2 |"),
+            ("| MoE(11/64) prenorm", "1.5000", "1.00", "1.00", "2 |"),
+        ]
+        assert f"{len(experiment.arms) - 3} models have no runs" in text
+        without = {
+            id: entry for id, entry in known.items() if id not in {run["id"] for run in evidence.runs(normed).values()}
+        }
+        assert "have no runs" in "\n".join(report.summary(Evidence(scale, without)))
 
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():

@@ -23,14 +23,17 @@ from benchmarks.paper.analysis import MEASURES, Curve, Estimate, Evidence, Findi
 from benchmarks.paper.experiments import (
     BASELINES,
     EXPERIMENTS,
+    NORM_AND_SCALE,
     OFFICIAL,
     REFERENCE,
+    RENORM,
     Arm,
     Contrast,
     Experiment,
     coe,
     moe,
     paper_loss,
+    twelfths,
 )
 from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
 from benchmarks.paper.runs import (
@@ -158,12 +161,14 @@ def machine_of(machine: Mapping[str, Any]) -> str:
 
 def revisions(evidence: Evidence) -> list[str]:
     """Which code the runs are of, by its fingerprints."""
-    codes: dict[str, int] = {}
-    for result in evidence.results.values():
-        codes[result["code"]] = codes.get(result["code"], 0) + 1
+    codes = Counter(
+        (result["code"], f" of commit {commit}" if (commit := result.get("commit")) else "")
+        for result in evidence.results.values()
+    )
+    names = [f"{code}{commit}" for code, commit in codes]
     if len(codes) == 1:
-        return [f"All runs are of one version of the code (fingerprint {next(iter(codes))}).", ""]
-    counts = ", ".join(f"{code} {count}" for code, count in codes.items())
+        return [f"All runs are of one version of the code (fingerprint {names[0]}).", ""]
+    counts = ", ".join(f"{name} {count}" for name, count in zip(names, codes.values(), strict=True))
     return [f"**Runs of {len(codes)} versions of the code** (fingerprints: {counts}).", ""]
 
 
@@ -222,26 +227,71 @@ NOT_TRIED = (
 
 
 def stabilised_summary(evidence: Evidence) -> list[str]:
-    """What every claim and control of the stabilised chains comes to, a sentence each."""
+    """Every model beside the mixture it is to beat, the best first: one screen for each data set."""
+    arms = dict.fromkeys(arm for experiment in evidence.scale.experiments for arm in experiment.arms)
     lines = []
-    for experiment in evidence.scale.experiments:
-        found = [evidence.compare(contrast) for contrast in experiment.contrasts]
-        known = [finding for finding in found if finding.differences["steps"] is not None]
-        missing = len(found) - len(known)
-        lines += [
-            f"On {data_of(evidence, experiment)}, {len(known)} of {len(found)} comparisons have runs"
-            + (f"; {missing} are missing." if missing else "."),
-            "",
+    for data in dict.fromkeys(arm.data for arm in arms):
+        name = evidence.scale.data[data].name
+        # Plain, and with the same norm and scale as a chain.
+        rivals = [replace(twelfths(1, **options), data=data) for options in ({}, NORM_AND_SCALE)]
+        losses = {
+            arm: statistics.fmean(finals)
+            for arm in arms
+            if arm.data == data
+            and (finals := [loss for run in evidence.runs(arm).values() if (loss := evidence.final(run)) is not None])
+        }
+        if not all(rival in losses for rival in rivals):
+            lines += [f"On {name} the models to compare with have no runs.", ""]
+            continue
+        ranked = sorted(losses, key=losses.get)
+        chains = [arm for arm in ranked if arm.iterations > 1 and arm.variant in (None, RENORM)]
+        missing = sum(arm.data == data for arm in arms) - len(ranked)
+
+        def difference(arm: Arm, rival: Arm) -> str:
+            return "-" if arm == rival else percent(evidence.compare(Contrast(arm, rival)).relative())
+
+        lines.append(
+            f"On {name}, with experts of equal FLOPs and equal steps, **{ranked[0].model.label}** has the lowest "
+            f"loss, {number(losses[ranked[0]])}."
+        )
+        if chains:
+            against = (f"{difference(chains[0], rival)} from {rival.model.label}" for rival in rivals)
+            lines[-1] += f" The best chain is **{chains[0].model.label}**: {' and '.join(against)}."
+        lines[-1] += f" {missing} models have no runs." if missing else ""
+        header = (
+            "model",
+            "held-out loss",
+            *(f"against {rival.model.label}" for rival in rivals),
+            "step",
+            "peak",
+            "seeds",
+        )
+        rows = [
+            [
+                arm.model.label,
+                number(losses[arm]),
+                *(difference(arm, rival) for rival in rivals),
+                *costs_beside(evidence, arm, rivals[0]),
+                str(len(evidence.runs(arm))),
+            ]
+            for arm in ranked
         ]
-        for finding in known:
-            contrast, difference = finding.contrast, finding.differences["steps"]
-            verdict = f", so that {contrast.claim}: **{finding.verdict()}**" if contrast.claim else ""
-            lines.append(
-                f"- {contrast.arm.model.label} against {contrast.against.model.label}: "
-                f"{percent(finding.relative())} ({pairs_of(experiment, difference)} seeds){verdict}."
-            )
-        lines += [""] if known else []
-    return [*lines, NOT_TRIED, ""]
+        lines += ["", *table(header, rows)]
+    return [
+        "Losses are means over seeds, differences in percent with the 95 % interval of paired ones. `step` and "
+        "`peak`: time of a training step and peak memory, as multiples of the first rival's.",
+        "",
+        *lines,
+        NOT_TRIED,
+        "",
+    ]
+
+
+def costs_beside(evidence: Evidence, arm: Arm, rival: Arm) -> tuple[str, str]:
+    """Time of a step and peak memory of an arm, as multiples of a rival's."""
+    seconds, their_seconds = (evidence.cost(each, "seconds") for each in (arm, rival))
+    peak, their_peak = (statistics.fmean(map(peak_memory, evidence.runs(each).values())) for each in (arm, rival))
+    return number(seconds and their_seconds and seconds / their_seconds, 2), number(peak / their_peak, 2)
 
 
 def ladder(folder: Path) -> list[str]:
