@@ -165,7 +165,7 @@ class TestTable:
         """Shared ones too, in every model but those of more attention, which cost 3 % more in all."""
         scale = SCALES["stabilised"]
         single = Run(scale, twelfths(1), 1e-3, 1)
-        for arm in scale.experiment("stabilised").arms:
+        for arm in dict.fromkeys(arm for experiment in scale.experiments for arm in experiment.arms):
             made = Run(scale, arm, 1e-3, 1)
             config = config_of(made)
             if arm.variant in ("loop", "loop_own") or arm.depth > 1:
@@ -904,7 +904,8 @@ class TestReport:
             lines.append(line(Run(scale, arm.model, 0.0, TIMING_SEED, kind="timing"), [], ratio=steps))
             known |= {entry["id"]: entry for entry in lines}
         evidence = Evidence(scale, known)
-        text = "\n".join(report.summary(evidence))
+        text = "\n".join(report.stabilised_summary(evidence, "models.png"))
+        assert "![all models](models.png)" in text
         assert "**MoE(11/64) prenorm, branch norm, scaled** has the lowest loss, 1.2500." in text
         assert re.search(
             r"best chain is \*\*CoE-2\(5/64\) prenorm, stabilised\*\*: -9.7 ± [\d.]+ % from MoE\(11/64\) prenorm and "
@@ -921,7 +922,7 @@ class TestReport:
         without = {
             id: entry for id, entry in known.items() if id not in {run["id"] for run in evidence.runs(normed).values()}
         }
-        assert "have no runs" in "\n".join(report.summary(Evidence(scale, without)))
+        assert "have no runs" in "\n".join(report.stabilised_summary(Evidence(scale, without), None))
 
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():

@@ -2,7 +2,7 @@
 """What finished runs say: losses at equal steps, FLOPs and seconds, paired differences, and verdicts on claims."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -13,6 +13,7 @@ from scipy import stats
 from benchmarks.paper.experiments import (
     BASELINES,
     REFERENCE,
+    RENORM,
     Arm,
     Contrast,
     Experiment,
@@ -241,6 +242,27 @@ def paper_losses(arm: Arm, against: Arm) -> tuple[float, float] | None:
     return None if None in losses else losses
 
 
+class Standing(NamedTuple):
+    """A model beside its rivals."""
+
+    arm: Arm
+    loss: float  # mean over seeds
+    seeds: int
+    differences: list[Estimate | None]  # from each rival, as shares of its loss; `None` where it is one itself
+    step: float | None  # time of a training step, as a multiple of the first rival's
+    peak: float  # of memory, as a multiple of the first rival's
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is a chain inside of its layers, and no loop over them or stand-in for one."""
+        return self.arm.iterations > 1 and self.arm.variant in (None, RENORM)
+
+
+def peak_memory(run: Mapping[str, Any]) -> int:
+    """Peak of a training run, in bytes above what the process held before; of the device where there is one."""
+    return run["peak_device_memory"] or run["peak_memory_above_start"]
+
+
 class Evidence:
     """The finished runs of a scale, by arm.
 
@@ -332,6 +354,30 @@ class Evidence:
             for seed in runs.keys() & others.keys()
         )
         return Finding(contrast, {measure: self.pairs(contrast, measure) for measure in MEASURES}, diverged)
+
+    def standings(self, arms: Iterable[Arm], rivals: list[Arm]) -> list[Standing]:
+        """The models that have runs, the one with the lowest loss first; none where a rival has no runs."""
+        losses = {
+            arm: statistics.fmean(finals)
+            for arm in dict.fromkeys((*rivals, *arms))
+            if (finals := [loss for run in self.runs(arm).values() if (loss := self.final(run)) is not None])
+        }
+        if not all(rival in losses for rival in rivals):
+            return []
+        peaks = {arm: statistics.fmean(map(peak_memory, self.runs(arm).values())) for arm in losses}
+        steps = {arm: self.cost(arm, "seconds") for arm in losses}
+        unit = steps[rivals[0]]
+        return [
+            Standing(
+                arm,
+                losses[arm],
+                len(self.runs(arm)),
+                [None if arm == rival else self.compare(Contrast(arm, rival)).relative() for rival in rivals],
+                step and unit and step / unit,
+                peaks[arm] / peaks[rivals[0]],
+            )
+            for arm, step in sorted(steps.items(), key=lambda item: losses[item[0]])
+        ]
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

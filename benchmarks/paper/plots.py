@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.paper.analysis import Curve, Evidence, curve_of, standard_error
+from benchmarks.paper.analysis import Curve, Evidence, Standing, curve_of, standard_error
 from benchmarks.paper.experiments import OFFICIAL, PRENORM, Arm, Experiment, coe, dense, moe, under_official_rule
 
 
@@ -44,10 +45,12 @@ def read_paper_curves(folder: Path) -> dict[Arm, Curve]:
     return curves
 
 
-def styles_of(arms: list[Arm]) -> dict[str, dict[str, str]]:
+def styles_of(arms: list[Arm]) -> dict[str, dict[str, Any]]:
     """How to draw the arms, by label: a pre-norm model is dashed and has the colour of its like with the official
     rule."""
-    colors = {model: f"C{index % 10}" for index, model in enumerate(dict.fromkeys(map(under_official_rule, arms)))}
+    models = list(dict.fromkeys(map(under_official_rule, arms)))
+    palette = colormaps["tab10" if len(models) <= 10 else "tab20"].colors
+    colors = {model: palette[index % len(palette)] for index, model in enumerate(models)}
     return {
         arm.label: {"color": colors[under_official_rule(arm)], "linestyle": "--" if arm.residual == PRENORM else "-"}
         for arm in arms
@@ -55,7 +58,7 @@ def styles_of(arms: list[Arm]) -> dict[str, dict[str, str]]:
 
 
 def draw_curves(
-    axes: Any, curves: Mapping[str, list[Curve]], styles: Mapping[str, dict[str, str]], title: str, unit: str
+    axes: Any, curves: Mapping[str, list[Curve]], styles: Mapping[str, dict[str, Any]], title: str, unit: str
 ) -> None:
     """Mean and standard error over seeds of curves that share their positions, from a quarter on, where differences
     show."""
@@ -110,8 +113,51 @@ def plot_experiment(evidence: Evidence, experiment: Experiment, paper: Mapping[A
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     shown = [label for label in styles if label in handles]
-    figure.legend([handles[label] for label in shown], shown, loc="outside lower center", ncols=4, fontsize=8)
+    # A character is some 0.065 inches wide, and a line before the label half an inch.
+    columns = int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, shown))))
+    columns = min(max(columns, 1), 4)
+    figure.legend([handles[label] for label in shown], shown, loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(experiment.title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def plot_standings(standings: Mapping[str, list[Standing]], path: Path) -> bool:
+    """Every model's difference from the first rival, by data, and the time of its training step, in the order of the
+    first data. Returns whether there was anything."""
+    known = {data: {each.arm.model: each for each in found} for data, found in standings.items() if found}
+    if not known:
+        return False
+    models = list(dict.fromkeys(model for found in known.values() for model in found))[::-1]
+    rival = next(model for model in models if next(iter(known.values()))[model].differences[0] is None)
+    figure = Figure(figsize=(10, 1.2 + 0.26 * len(models)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    for index, (data, found) in enumerate(known.items()):
+        # The rival itself is a point without an interval.
+        places = [
+            (y + 0.15 - 0.3 * index, found[model].differences[0]) for y, model in enumerate(models) if model in found
+        ]
+        left.errorbar(
+            [100 * difference.mean if difference else 0.0 for _, difference in places],
+            [y for y, _ in places],
+            xerr=[100 * difference.half if difference else 0.0 for _, difference in places],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            label=data,
+        )
+    for y, model in enumerate(models):
+        step = next((found[model].step for found in known.values() if model in found), None)
+        if step is not None:
+            right.barh(y, step, color="C7", height=0.6)
+    left.axvline(0, color="black", linewidth=1)
+    left.set_yticks(range(len(models)), [model.label for model in models], fontsize=7)
+    left.set(xlabel=f"loss against {rival.label}, %, with its 95 % interval (left of 0 is better)")
+    right.axvline(1, color="black", linewidth=1)
+    right.set(xlabel="time of a training step")
+    for axes in (left, right):
+        axes.grid(axis="x", alpha=0.3)
+    left.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     return True
 
@@ -132,6 +178,8 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
     axes = figure.subplots()
     for shift, (measure, color) in zip((0.15, -0.15), colors.items(), strict=True):
         found = [(y + shift, row[measure]) for y, (_, row) in enumerate(rows) if row[measure] is not None]
+        if not found:
+            continue
         axes.errorbar(
             [100 * difference.mean for _, difference in found],
             [y for y, _ in found],

@@ -19,14 +19,22 @@ from typing import Any
 
 from benchmarks import markdown
 from benchmarks.paper import analysis, power, results
-from benchmarks.paper.analysis import MEASURES, Curve, Estimate, Evidence, Finding, standard_error
+from benchmarks.paper.analysis import (
+    MEASURES,
+    Curve,
+    Estimate,
+    Evidence,
+    Finding,
+    Standing,
+    peak_memory,
+    standard_error,
+)
 from benchmarks.paper.experiments import (
     BASELINES,
     EXPERIMENTS,
     NORM_AND_SCALE,
     OFFICIAL,
     REFERENCE,
-    RENORM,
     Arm,
     Contrast,
     Experiment,
@@ -35,7 +43,7 @@ from benchmarks.paper.experiments import (
     paper_loss,
     twelfths,
 )
-from benchmarks.paper.plots import plot_differences, plot_experiment, read_paper_curves
+from benchmarks.paper.plots import plot_differences, plot_experiment, plot_standings, read_paper_curves
 from benchmarks.paper.runs import (
     COMMON_OPTIONS,
     LADDER_EXPERIMENTS,
@@ -215,83 +223,68 @@ def summary(evidence: Evidence) -> list[str]:
             "the paper found -6.2 % under its own rule.",
             "",
         ]
-    if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
-        return stabilised_summary(evidence)
     return lines or ["The headline comparison is not finished.", ""]
 
 
 NOT_TRIED = (
-    "Not tried: other values of the two numbers, other pairs of options, more than four iterations, more than two "
+    "Not tried: other values of the two numbers, other pairs of options, more than six iterations, more than two "
     "loops over whole layers, and models or data of another size than this scale's."
 )
 
 
-def stabilised_summary(evidence: Evidence) -> list[str]:
-    """Every model beside the mixture it is to beat, the best first: one screen for each data set."""
-    arms = dict.fromkeys(arm for experiment in evidence.scale.experiments for arm in experiment.arms)
-    lines = []
-    for data in dict.fromkeys(arm.data for arm in arms):
-        name = evidence.scale.data[data].name
-        # Plain, and with the same norm and scale as a chain.
-        rivals = [replace(twelfths(1, **options), data=data) for options in ({}, NORM_AND_SCALE)]
-        losses = {
-            arm: statistics.fmean(finals)
-            for arm in arms
-            if arm.data == data
-            and (finals := [loss for run in evidence.runs(arm).values() if (loss := evidence.final(run)) is not None])
-        }
-        if not all(rival in losses for rival in rivals):
-            lines += [f"On {name} the models to compare with have no runs.", ""]
-            continue
-        ranked = sorted(losses, key=losses.get)
-        chains = [arm for arm in ranked if arm.iterations > 1 and arm.variant in (None, RENORM)]
-        missing = sum(arm.data == data for arm in arms) - len(ranked)
-
-        def difference(arm: Arm, rival: Arm) -> str:
-            return "-" if arm == rival else percent(evidence.compare(Contrast(arm, rival)).relative())
-
-        lines.append(
-            f"On {name}, with experts of equal FLOPs and equal steps, **{ranked[0].model.label}** has the lowest "
-            f"loss, {number(losses[ranked[0]])}."
+def standings_by_data(evidence: Evidence) -> dict[str, list[Standing]]:
+    """By the name of the data, the models of the stabilised experiments beside the plain mixture of equal work and the
+    one with the same norm and scale."""
+    arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms]
+    return {
+        evidence.scale.data[data].name: evidence.standings(
+            [arm for arm in arms if arm.data == data],
+            [replace(twelfths(1, **options), data=data) for options in ({}, NORM_AND_SCALE)],
         )
-        if chains:
-            against = (f"{difference(chains[0], rival)} from {rival.model.label}" for rival in rivals)
-            lines[-1] += f" The best chain is **{chains[0].model.label}**: {' and '.join(against)}."
-        lines[-1] += f" {missing} models have no runs." if missing else ""
-        header = (
-            "model",
-            "held-out loss",
-            *(f"against {rival.model.label}" for rival in rivals),
-            "step",
-            "peak",
-            "seeds",
-        )
-        rows = [
-            [
-                arm.model.label,
-                number(losses[arm]),
-                *(difference(arm, rival) for rival in rivals),
-                *costs_beside(evidence, arm, rivals[0]),
-                str(len(evidence.runs(arm))),
-            ]
-            for arm in ranked
-        ]
-        lines += ["", *table(header, rows)]
-    return [
+        for data in dict.fromkeys(arm.data for arm in arms)
+    }
+
+
+def stabilised_summary(evidence: Evidence, image: str | None) -> list[str]:
+    """Every model beside the mixtures it is to beat, the best first: one screen for each data set."""
+    count = len({arm.model for experiment in evidence.scale.experiments for arm in experiment.arms})
+    rivals = [twelfths(1, **options).model.label for options in ({}, NORM_AND_SCALE)]
+    lines = [
         "Losses are means over seeds, differences in percent with the 95 % interval of paired ones. `step` and "
         "`peak`: time of a training step and peak memory, as multiples of the first rival's.",
         "",
-        *lines,
-        NOT_TRIED,
-        "",
     ]
-
-
-def costs_beside(evidence: Evidence, arm: Arm, rival: Arm) -> tuple[str, str]:
-    """Time of a step and peak memory of an arm, as multiples of a rival's."""
-    seconds, their_seconds = (evidence.cost(each, "seconds") for each in (arm, rival))
-    peak, their_peak = (statistics.fmean(map(peak_memory, evidence.runs(each).values())) for each in (arm, rival))
-    return number(seconds and their_seconds and seconds / their_seconds, 2), number(peak / their_peak, 2)
+    for data, standings in standings_by_data(evidence).items():
+        if not standings:
+            lines += [f"On {data} the models to compare with have no runs.", ""]
+            continue
+        first, chain = standings[0], next((each for each in standings if each.is_chain), None)
+        lines.append(
+            f"On {data}, with experts of equal FLOPs and equal steps, **{first.arm.model.label}** has the lowest "
+            f"loss, {number(first.loss)}."
+        )
+        if chain is not None:
+            differences = " and ".join(
+                f"{percent(difference)} from {rival}"
+                for difference, rival in zip(chain.differences, rivals, strict=True)
+            )
+            lines[-1] += f" The best chain is **{chain.arm.model.label}**: {differences}."
+        if missing := count - len(standings):
+            lines[-1] += f" {missing} models have no runs."
+        header = ("model", "held-out loss", *(f"against {rival}" for rival in rivals), "step", "peak", "seeds")
+        rows = [
+            [
+                each.arm.model.label,
+                number(each.loss),
+                *map(percent, each.differences),
+                number(each.step, 2),
+                number(each.peak, 2),
+                str(each.seeds),
+            ]
+            for each in standings
+        ]
+        lines += ["", *table(header, rows)]
+    return [*lines, *([f"![all models]({image})", ""] if image else []), NOT_TRIED, ""]
 
 
 def ladder(folder: Path) -> list[str]:
@@ -621,11 +614,6 @@ def mechanism(evidence: Evidence, runs: Mapping[Arm, list[dict[str, Any]]]) -> l
     return lines
 
 
-def peak_memory(run: Mapping[str, Any]) -> int:
-    """Peak of a training run, in bytes above what the process held before; of the device where there is one."""
-    return run["peak_device_memory"] or run["peak_memory_above_start"]
-
-
 def memory(evidence: Evidence) -> list[str]:
     """The paper's claims about memory at this scale's size; none where a model of theirs has no run."""
     rows = []
@@ -798,7 +786,13 @@ POWER = (
 
 def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[Arm, Curve]) -> list[str]:
     """Everything about a scale; its plots are drawn into `folder`."""
-    lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence), *summary(evidence)]
+    lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence)]
+    if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
+        drawn = plot_standings(standings_by_data(evidence), folder / "models.png")
+        image = os.path.relpath(folder / "models.png", root) if drawn else None
+        lines += ["### Which model", "", *stabilised_summary(evidence, image)]
+    else:
+        lines += summary(evidence)
     lines += ["### Claims", "", *claims(evidence)]
     if plot_differences(evidence, folder / "differences.png"):
         lines += [f"![differences]({os.path.relpath(folder / 'differences.png', root)})", ""]
