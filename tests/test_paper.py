@@ -880,15 +880,16 @@ class TestReport:
                 entry["split"] = "numbers"
                 entry["exact_match"] = {"numbers": 0.25, "templates": 0.5}
                 results.append(results.path_of(name, tmp_path), entry)
-        text = "\n".join(report.ladder(tmp_path))
-        label = "CoE-3(2/64) prenorm, stabilised - MoE(8/64) prenorm"
+        text = "\n".join(report.ladder(tmp_path, tmp_path))
+        label = "CoE-3(2/64) prenorm, branch norm, scaled - MoE(8/64) prenorm"
         assert re.search(
             rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(2 of 3\) \| -9.7 ± [\d.]+ % \(2 of 3\) \|", text
         )
+        assert "](ladder.png)" in text and (tmp_path / "ladder.png").stat().st_size > 10_000
         assert "**No runs of ladder-2m, ladder-128, ladder-8m.**" in text and "not run" in text
         assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
-        assert report.ladder(tmp_path / "nowhere") == []
+        assert report.ladder(tmp_path / "nowhere", tmp_path) == []
 
     def test_what_the_stabilised_come_to(self):
         scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))

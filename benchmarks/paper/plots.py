@@ -204,3 +204,58 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     return True
+
+
+def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path: Path) -> bool:
+    """What chains differ from mixtures by, with the intervals, against training tokens at the smallest width and
+    against width, hence parameters, at the shortest training. Returns whether there was anything."""
+    # Million tokens, width, million parameters, runs.
+    steps = [
+        (
+            rung.scale.steps * rung.scale.tokens_per_step / 1e6,
+            rung.scale.shape["hidden_size"],
+            run["parameters"] / 1e6,
+            rung,
+        )
+        for rung in rungs
+        if (run := next(filter(None, map(rung.any_run, experiment.arms)), None))
+    ]
+    if not steps:
+        return False
+    shortest, narrowest = (min(step[axis] for step in steps) for axis in (0, 1))
+    panels = (
+        ("million tokens", 0, [step for step in steps if step[1] == narrowest]),
+        ("width", 1, [step for step in steps if step[0] == shortest]),
+    )
+    contrasts = [each for each in experiment.contrasts if each.arm.iterations != each.against.iterations]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    is_empty = True
+    for axes, (unit, place, found) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        for index, contrast in enumerate(contrasts):
+            shares = [(step[place], step[3].compare(contrast).relative()) for step in found]
+            shares = [(at, share) for at, share in shares if share is not None and share.count > 1]
+            is_empty &= not shares
+            axes.errorbar(
+                # Side by side where intervals would cover each other.
+                [at * 1.03 ** (index - (len(contrasts) - 1) / 2) for at, _ in shares],
+                [100 * share.mean for _, share in shares],
+                yerr=[100 * share.half for _, share in shares],
+                fmt="o-",
+                markersize=4,
+                capsize=2,
+                label=contrast.label,
+            )
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_xscale("log")
+        ticks = [f"{step[place]:.3g}\n{step[2]:.1f} M parameters" for step in found]
+        axes.set_xticks([step[place] for step in found], ticks)
+        axes.minorticks_off()
+        axes.set(xlabel=unit)
+        axes.grid(axis="y", alpha=0.3)
+    if is_empty:
+        return False
+    figure.axes[0].set(ylabel="difference of held-out losses, %\n(below 0: the first is better)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return True

@@ -43,7 +43,7 @@ from benchmarks.paper.experiments import (
     paper_loss,
     twelfths,
 )
-from benchmarks.paper.plots import plot_differences, plot_experiment, plot_standings, read_paper_curves
+from benchmarks.paper.plots import plot_differences, plot_experiment, plot_ladder, plot_standings, read_paper_curves
 from benchmarks.paper.runs import (
     COMMON_OPTIONS,
     LADDER_EXPERIMENTS,
@@ -287,8 +287,9 @@ def stabilised_summary(evidence: Evidence, image: str | None) -> list[str]:
     return [*lines, *([f"![all models]({image})", ""] if image else []), NOT_TRIED, ""]
 
 
-def ladder(folder: Path) -> list[str]:
-    """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved."""
+def ladder(folder: Path, root: Path) -> list[str]:
+    """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved; its
+    plots are drawn into `folder`."""
     rungs = {name: scale for name, scale in SCALES.items() if scale.names == LADDER_EXPERIMENTS}
     evidences = {
         name: Evidence(scale, found)
@@ -319,6 +320,9 @@ def ladder(folder: Path) -> list[str]:
         ]
         data = data_of(next(iter(evidences.values())), experiment)
         lines += [f"On {data}:", "", *table(("difference", *sizes), differences)]
+        image = folder / f"{name}.png"
+        if plot_ladder(list(evidences.values()), experiment, f"{experiment.title} ({data})", image):
+            lines += [f"![{experiment.title}]({os.path.relpath(image, root)})", ""]
         if any(cell != "-" for row in solved for cell in row[1:]):
             lines += [
                 f"Held-out problems of {data} (the same kinds, other numbers) whose final answer is right, with the "
@@ -824,7 +828,7 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         path = results.path_of(name, folder)
         if found := results.load(path):
             lines += scale_section(Evidence(scale, found), path.parent, output.parent, paper)
-    lines += ladder(folder)
+    lines += ladder(folder, output.parent)
     lines += power_section(folder)
     lines += arithmetic()
     lines += [
