@@ -891,7 +891,7 @@ class TestReport:
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
         assert report.ladder(tmp_path / "nowhere", tmp_path) == []
 
-    def test_what_the_stabilised_come_to(self):
+    def test_what_the_stabilised_come_to(self, tmp_path):
         scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))
         experiment = scale.experiment("stabilised")
         chain, single = experiment.contrasts[0].arm, experiment.contrasts[0].against
@@ -905,7 +905,7 @@ class TestReport:
             lines.append(line(Run(scale, arm.model, 0.0, TIMING_SEED, kind="timing"), [], ratio=steps))
             known |= {entry["id"]: entry for entry in lines}
         evidence = Evidence(scale, known)
-        text = "\n".join(report.stabilised_summary(evidence, "models.png"))
+        text = "\n".join(report.stabilised_summary(evidence, tmp_path, tmp_path))
         assert "![all models](models.png)" in text
         assert "**MoE(11/64) prenorm, branch norm, scaled** has the lowest loss, 1.2500." in text
         assert re.search(
@@ -923,7 +923,7 @@ class TestReport:
         without = {
             id: entry for id, entry in known.items() if id not in {run["id"] for run in evidence.runs(normed).values()}
         }
-        assert "have no runs" in "\n".join(report.stabilised_summary(Evidence(scale, without), None))
+        assert "have no runs" in "\n".join(report.stabilised_summary(Evidence(scale, without), tmp_path, tmp_path))
 
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():

@@ -129,7 +129,7 @@ def plot_standings(standings: Mapping[str, list[Standing]], path: Path) -> bool:
     if not known:
         return False
     models = list(dict.fromkeys(model for found in known.values() for model in found))[::-1]
-    rival = next(model for model in models if next(iter(known.values()))[model].differences[0] is None)
+    rival = next(model for model, each in next(iter(known.values())).items() if each.differences[0] is None)
     figure = Figure(figsize=(10, 1.2 + 0.26 * len(models)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     for index, (data, found) in enumerate(known.items()):

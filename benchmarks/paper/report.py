@@ -245,8 +245,10 @@ def standings_by_data(evidence: Evidence) -> dict[str, list[Standing]]:
     }
 
 
-def stabilised_summary(evidence: Evidence, image: str | None) -> list[str]:
-    """Every model beside the mixtures it is to beat, the best first: one screen for each data set."""
+def stabilised_summary(evidence: Evidence, folder: Path, root: Path) -> list[str]:
+    """Every model beside the mixtures it is to beat, the best first: one screen for each data set, and a plot in
+    `folder`."""
+    by_data, image = standings_by_data(evidence), folder / "models.png"
     count = len({arm.model for experiment in evidence.scale.experiments for arm in experiment.arms})
     rivals = [twelfths(1, **options).model.label for options in ({}, NORM_AND_SCALE)]
     lines = [
@@ -254,7 +256,7 @@ def stabilised_summary(evidence: Evidence, image: str | None) -> list[str]:
         "`peak`: time of a training step and peak memory, as multiples of the first rival's.",
         "",
     ]
-    for data, standings in standings_by_data(evidence).items():
+    for data, standings in by_data.items():
         if not standings:
             lines += [f"On {data} the models to compare with have no runs.", ""]
             continue
@@ -284,7 +286,9 @@ def stabilised_summary(evidence: Evidence, image: str | None) -> list[str]:
             for each in standings
         ]
         lines += ["", *table(header, rows)]
-    return [*lines, *([f"![all models]({image})", ""] if image else []), NOT_TRIED, ""]
+    if plot_standings(by_data, image):
+        lines += [f"![all models]({os.path.relpath(image, root)})", ""]
+    return [*lines, NOT_TRIED, ""]
 
 
 def ladder(folder: Path, root: Path) -> list[str]:
@@ -792,9 +796,7 @@ def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[A
     """Everything about a scale; its plots are drawn into `folder`."""
     lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence)]
     if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
-        drawn = plot_standings(standings_by_data(evidence), folder / "models.png")
-        image = os.path.relpath(folder / "models.png", root) if drawn else None
-        lines += ["### Which model", "", *stabilised_summary(evidence, image)]
+        lines += ["### Which model", "", *stabilised_summary(evidence, folder, root)]
     else:
         lines += summary(evidence)
     lines += ["### Claims", "", *claims(evidence)]
