@@ -10,6 +10,7 @@ Shapes: T tokens, H hidden, N experts, K chosen per token.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def grouped_mm_experts_forward(
     `"megablocks"` where torch would loop over experts. `"torch_grouped_mm"` is transformers' own everywhere.
 
     Args:
-        hidden_states (`torch.Tensor`): (T, H); computed in the dtype of the expert weights, or autocast's on the CPU.
+        hidden_states (`torch.Tensor`): (T, H); computed in the dtype of the expert weights, or autocast's.
         top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
         top_k_weights (`torch.Tensor`): (T, K) routing weights; the weighted sum is accumulated in their dtype.
 
@@ -63,14 +64,17 @@ def grouped_mm_experts_forward(
             Projection(weight, *self.adapters.get(name, ()))
             for name, weight in zip(PROJECTIONS, (gate_up_proj, down_proj), strict=True)
         )
+        dtype = _autocast_dtype(gate_up_proj, top_k_index)
         if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
+            is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
+            if not self.adapters and is_plain and prefers_megablocks(gate_up_proj):
+                return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
+            if dtype is not None:
+                gate_up, down = gate_up.to(dtype), down.to(dtype)
             if self.adapters:
                 return adapted_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down)
-            is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
-            if is_plain and prefers_megablocks(gate_up_proj):
-                return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
-            return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        dtype = _autocast_dtype(gate_up_proj, top_k_index)
+            experts = self if dtype is None else ExpertsWith(self, gate_up.weight, down.weight)
+            return torch_grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         if dtype is not None:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         elif not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
@@ -80,6 +84,17 @@ def grouped_mm_experts_forward(
             self.shared_weights = weights
     tokens = hidden_states.to(weights.dtype)
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
+
+
+class ExpertsWith:
+    """Experts with other weights, for transformers' functions, which read the weights from the module and multiply in
+    their dtype, whatever autocast says."""
+
+    def __init__(self, experts: nn.Module, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.experts, self.gate_up_proj, self.down_proj = experts, gate_up_proj, down_proj
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
 
 
 def _quantized_experts_forward(
@@ -144,12 +159,14 @@ def _are_plain(*weights: torch.Tensor) -> bool:
 
 def _autocast_dtype(weight: torch.Tensor, top_k_index: torch.Tensor) -> torch.dtype | None:
     """What autocast would have the weights multiplied in, as it has those of linear modules, where that is another
-    dtype than theirs. Without gradients and with few tokens, a copy of all weights costs more than the products."""
-    if not torch.is_autocast_enabled("cpu") or weight.dtype == torch.float64:
+    dtype than theirs: torch's grouped products know nothing of autocast. Without gradients and with few tokens, a copy
+    of all weights costs more than the products."""
+    device_type = weight.device.type
+    if not torch.is_autocast_enabled(device_type) or weight.dtype == torch.float64:
         return None
     if not torch.is_grad_enabled() and top_k_index.numel() < len(weight):
         return None
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device_type)
     return None if dtype == weight.dtype else dtype
 
 

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.utils import logging
 
-from .experts import ALTERNATIVES
+from .experts import ALTERNATIVES, ExpertsWith
 
 
 logger = logging.get_logger(__name__)
@@ -110,9 +110,12 @@ def megablocks_experts_forward(
     if num_rows >= MIN_ROWS_PER_EXPERT * self.num_experts:
         return _block_sparse_experts(self, hidden_states, top_k_index, top_k_weights, dtype)
     # One weight matrix a row is gathered by batched_mm: with more rows than experts that is more than all the weights.
-    few = num_rows <= self.num_experts
-    hand_over = batched_mm_experts_forward if few else grouped_mm_experts_forward
-    return hand_over(self, hidden_states, top_k_index, top_k_weights)
+    if num_rows <= self.num_experts:
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    experts = self
+    if dtype != self.gate_up_proj.dtype:
+        experts = ExpertsWith(self, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
+    return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
 def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:

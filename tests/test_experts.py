@@ -409,6 +409,33 @@ class TestDtypes:
         expected = loop_results(experts, calls)
         assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-5)
 
+    @pytest.mark.parametrize("num_tokens", [1, 12])
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_autocast_where_others_compute(self, monkeypatch, num_tokens, compiles):
+        """transformers' grouped products, on a GPU or compiled, have autocast's dtype too."""
+        experts = make_experts(6, 32, 24, torch.float32)
+        call = make_call(experts, num_tokens, 4, dtype=torch.float32)
+        multiplied_in, product = [], torch.nn.functional.grouped_mm
+        monkeypatch.setattr(experts_module, "_is_computed_here", lambda *args: False)
+        if not compiles:
+            monkeypatch.setattr(
+                torch.nn.functional,
+                "grouped_mm",
+                lambda *args, **options: multiplied_in.append({each.dtype for each in args}) or product(*args, **options),
+            )
+        run = torch.compile(in_a_row, backend="aot_eager", fullgraph=True) if compiles else in_a_row
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = run(experts, [call])
+            gradients = gradients_of(output, [call], experts.parameters())
+            with torch.no_grad():
+                without_gradient = run(experts, [call])
+        if not compiles:
+            without = torch.bfloat16 if num_tokens == 12 else torch.float32
+            assert multiplied_in == [{torch.bfloat16}] * 2 + [{without}] * 2
+        assert {each.dtype for each in (output, *gradients)} == {torch.float32}
+        expected = loop_results(experts, [call])
+        assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-5)
+
     def test_autocast_leaves_float64(self):
         experts = make_experts()
         call = make_call(experts, 12)

@@ -164,6 +164,7 @@ class Processes:
             "OMP_NUM_THREADS": str(self.settings.threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),  # several runs at once share the cores
             "TOKENIZERS_PARALLELISM": "false",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # a run that is computed again on a GPU has the same bits
             "PYTHONPATH": path,
         }
         with self.guard:

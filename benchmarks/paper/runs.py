@@ -94,7 +94,7 @@ class Scale:
         bf16 (`bool`): Trains in mixed precision.
         minutes (`float`): Rough time of a run of MoE(8/64), to estimate with.
         jobs (`int`): Runs at a time.
-        timed_steps (`int`): Pairs of steps in a timing run.
+        timed_steps (`int`): Pairs of steps in a timing run; with 0 there is none.
         schedule (`str`): Of the learning rate.
         late (`int`): The loss of a run is the mean of its last so many evaluations.
         extends_grid (`bool`): Where the best rate lies at an edge of the grid, the grid gets the next one.
@@ -179,6 +179,7 @@ def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], **sha
         schedule="cosine",
         extends_grid=True,
         minutes=minutes,
+        timed_steps=0,
         note=LADDER_NOTE,
     )
 
@@ -465,7 +466,7 @@ def plan(
             continue
         for seed in seeds or scale.seeds[: experiment.seeds]:
             stage += [Run(scale, arm, rates[arm], seed) for arm in experiment.arms]
-    if complete:
+    if complete and scale.timed_steps:
         models = dict.fromkeys(arm.model for experiment in experiments for arm in experiment.arms)
         stages["timing"] = [Run(scale, model, 0.0, TIMING_SEED, kind="timing") for model in models]
     seen: set[str] = set()
