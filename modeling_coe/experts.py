@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
@@ -69,12 +70,7 @@ def grouped_mm_experts_forward(
             is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
             if not self.adapters and is_plain and prefers_megablocks(gate_up_proj):
                 return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
-            if dtype is not None:
-                gate_up, down = gate_up.to(dtype), down.to(dtype)
-            if self.adapters:
-                return adapted_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down)
-            experts = self if dtype is None else ExpertsWith(self, gate_up.weight, down.weight)
-            return torch_grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+            return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
         if dtype is not None:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         elif not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
@@ -86,9 +82,47 @@ def grouped_mm_experts_forward(
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
 
 
-class ExpertsWith:
-    """Experts with other weights, for transformers' functions, which read the weights from the module and multiply in
-    their dtype, whatever autocast says."""
+def torch_experts_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: Projection,
+    down: Projection,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Experts by torch's grouped products, of any width, in `dtype` or, without one, in that of the weights. These
+    products themselves know nothing of autocast, and want rows of whole 16 bytes.
+
+    Args:
+        hidden_states (`torch.Tensor`): (T, H).
+        top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
+        top_k_weights (`torch.Tensor`): (T, K) routing weights.
+        gate_up (`Projection`): (N, 2I, H).
+        down (`Projection`): (N, H, I).
+
+    Returns:
+        `torch.Tensor`: (T, H) in the dtype of `hidden_states`.
+    """
+    stored, width = gate_up.weight, hidden_states.shape[1]
+    if dtype is not None:
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
+    missing_hidden, missing_inner = (-size % (16 // down.weight.itemsize) for size in down.weight.shape[1:])
+    if missing_hidden or missing_inner:
+        hidden_states = F.pad(hidden_states, (0, missing_hidden))
+        gate_up = gate_up.pad(missing_inner, missing_hidden, parts=2)
+        down = down.pad(missing_hidden, missing_inner)
+    if gate_up.a is not None or down.a is not None:
+        output = adapted_experts_forward(experts, hidden_states, top_k_index, top_k_weights, gate_up, down)
+    else:
+        if gate_up.weight is not stored:
+            experts = _ExpertsWith(experts, gate_up.weight, down.weight)
+        output = torch_grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    return output[:, :width] if missing_hidden else output
+
+
+class _ExpertsWith:
+    """Experts with other weights, for transformers' function, which reads the weights from the module."""
 
     def __init__(self, experts: nn.Module, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
         self.experts, self.gate_up_proj, self.down_proj = experts, gate_up_proj, down_proj

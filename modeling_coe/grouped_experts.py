@@ -127,6 +127,18 @@ class Projection(NamedTuple):
         """The matrices in another dtype."""
         return Projection(*(None if factor is None else factor.to(dtype) for factor in self))
 
+    def pad(self, out_features: int, in_features: int, parts: int = 1) -> "Projection":
+        """The matrices with more rows, at the end of each of `parts` equal ones, and columns, all of them zeros."""
+        weight, a, b = self
+
+        def pad_rows(matrices: torch.Tensor, columns: int) -> torch.Tensor:
+            padded = F.pad(matrices.unflatten(1, (parts, -1)), (0, columns, 0, out_features))
+            return padded.flatten(1, 2)
+
+        if a is None:
+            return Projection(pad_rows(weight, in_features))
+        return Projection(pad_rows(weight, in_features), F.pad(a, (0, in_features)), pad_rows(b, 0))
+
     def of(self, experts: slice) -> "Projection":
         """The matrices of a range of experts."""
         if self.a is None:

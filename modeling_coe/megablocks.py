@@ -40,10 +40,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import batched_mm_experts_forward
 from transformers.utils import logging
 
-from .experts import ALTERNATIVES, ExpertsWith
+from .experts import ALTERNATIVES, torch_experts_forward
+from .grouped_experts import Projection
 
 
 logger = logging.get_logger(__name__)
@@ -112,10 +113,8 @@ def megablocks_experts_forward(
     # One weight matrix a row is gathered by batched_mm: with more rows than experts that is more than all the weights.
     if num_rows <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    experts = self
-    if dtype != self.gate_up_proj.dtype:
-        experts = ExpertsWith(self, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
-    return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    gate_up, down = Projection(self.gate_up_proj), Projection(self.down_proj)
+    return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
 
 
 def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:
@@ -488,8 +487,8 @@ def is_preferred(weight: torch.Tensor) -> bool:
     where they do not, or do not compile, a warning says so once, and torch computes.
     """
     capability = torch.cuda.get_device_capability(weight.device)
-    has_torchs = weight.dtype == torch.bfloat16 and capability[0] in TORCH_GROUPED_MAJORS
     dtype = _dtype_of_products(weight)
+    has_torchs = dtype == torch.bfloat16 and capability[0] in TORCH_GROUPED_MAJORS
     if has_torchs or capability < MIN_CAPABILITY or dtype not in PREFERRED_DTYPES:
         return False
     return _is_proven(weight.device, dtype)

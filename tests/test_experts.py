@@ -411,18 +411,21 @@ class TestDtypes:
 
     @pytest.mark.parametrize("num_tokens", [1, 12])
     @pytest.mark.parametrize("compiles", [False, True])
-    def test_autocast_where_others_compute(self, monkeypatch, num_tokens, compiles):
-        """transformers' grouped products, on a GPU or compiled, have autocast's dtype too."""
-        experts = make_experts(6, 32, 24, torch.float32)
+    @pytest.mark.parametrize("widths", [(32, 24), (32, 11), (21, 16), (22, 12)], ids=str)
+    def test_autocast_where_others_compute(self, monkeypatch, widths, num_tokens, compiles):
+        """transformers' grouped products, on a GPU or compiled, have autocast's dtype too, and rows of 16 bytes."""
+        experts = make_experts(6, *widths, torch.float32)
         call = make_call(experts, num_tokens, 4, dtype=torch.float32)
         multiplied_in, product = [], torch.nn.functional.grouped_mm
         monkeypatch.setattr(experts_module, "_is_computed_here", lambda *args: False)
         if not compiles:
-            monkeypatch.setattr(
-                torch.nn.functional,
-                "grouped_mm",
-                lambda *args, **options: multiplied_in.append({each.dtype for each in args}) or product(*args, **options),
-            )
+
+            def record(*args, **options):
+                multiplied_in.append({each.dtype for each in args})
+                return product(*args, **options)
+
+            monkeypatch.setattr(torch.nn.functional, "grouped_mm", record)
+        torch.compiler.reset()
         run = torch.compile(in_a_row, backend="aot_eager", fullgraph=True) if compiles else in_a_row
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = run(experts, [call])
@@ -435,6 +438,14 @@ class TestDtypes:
         assert {each.dtype for each in (output, *gradients)} == {torch.float32}
         expected = loop_results(experts, [call])
         assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("hidden_size, width", [(32, 24), (32, 11), (21, 16), (22, 13)])
+    def test_any_width_where_others_compute(self, monkeypatch, hidden_size, width, dtype):
+        monkeypatch.setattr(experts_module, "_is_computed_here", lambda *args: False)
+        experts = make_experts(6, hidden_size, width, dtype)
+        calls = [make_call(experts, 12, 4) for _ in range(2)]
+        assert_close(shared_results(experts, calls), loop_results(experts, calls), 16 * torch.finfo(dtype).eps)
 
     def test_autocast_leaves_float64(self):
         experts = make_experts()

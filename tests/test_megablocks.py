@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import batched_mm_experts_forward
 
 from modeling_coe import experts as experts_module
 from modeling_coe import megablocks
@@ -192,9 +192,10 @@ class TestAgainstDense:
         bins = megablocks._sort_into_bins(torch.zeros(num_blocks * 128, 1, dtype=torch.long, device=device), 1)
         topology = megablocks._topology(bins, 1)
         assert all(indices.dtype == torch.int32 for indices in topology)
+        # Integers that TF32, which the bare kernels use on a GPU, does not round.
         x = torch.zeros(num_blocks * 128, 128, device=device)
-        x[-128:] = torch.randn(128, 128)
-        weight = torch.randn(128, 128, device=device)
+        x[-128:] = torch.randint(-4, 5, (128, 128)).float()
+        weight = torch.randint(-4, 5, (128, 128), device=device).float()
         values = torch.zeros(num_blocks, 128, 128, device=device)
         kernels, shape = megablocks_backend().kernels, (len(x), len(weight))
         last = [indices[-1:] for indices in topology[1:3]]
@@ -378,7 +379,7 @@ class TestHandOver:
 
         for name, function in [
             ("batched_mm_experts_forward", batched_mm_experts_forward),
-            ("grouped_mm_experts_forward", grouped_mm_experts_forward),
+            ("torch_experts_forward", megablocks.torch_experts_forward),
             ("_block_sparse_experts", megablocks._block_sparse_experts),
         ]:
             monkeypatch.setattr(megablocks, name, recording(name, function))
@@ -392,8 +393,8 @@ class TestHandOver:
             outputs[num_tokens] = run_experts(experts, num_tokens=num_tokens)
         assert calls == [
             "batched_mm_experts_forward",
-            "grouped_mm_experts_forward",
-            "grouped_mm_experts_forward",
+            "torch_experts_forward",
+            "torch_experts_forward",
             "_block_sparse_experts",
         ]
         monkeypatch.setattr(megablocks, "MIN_ROWS_PER_EXPERT", 0)
@@ -523,7 +524,8 @@ class TestDefault:
             ((8, 9), torch.float16, None, True),
             ((12, 0), torch.bfloat16, None, True),
             ((9, 0), torch.float16, None, True),
-            ((9, 0), torch.float32, torch.bfloat16, True),  # torch would multiply float32
+            ((9, 0), torch.float32, torch.bfloat16, False),
+            ((9, 0), torch.float32, torch.float16, True),
             ((9, 0), torch.float32, None, False),
             ((8, 0), torch.float64, None, False),
             ((7, 5), torch.float16, None, False),

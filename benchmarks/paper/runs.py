@@ -178,7 +178,9 @@ def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], **sha
         names=LADDER_EXPERIMENTS,
         schedule="cosine",
         extends_grid=True,
+        bf16=True,
         minutes=minutes,
+        jobs=16,
         timed_steps=0,
         note=LADDER_NOTE,
     )
@@ -277,11 +279,11 @@ SCALES = {
             note=STABILISED_NOTE,
         ),
         # In the order in which they are to be run.
-        _rung("0.5m", "0.5 million tokens and width 64", 2.2, (4e-3, 8e-3, 1.6e-2)),
-        _rung("2m", "2 million tokens", 8.5, (4e-3, 8e-3), steps=2000),
-        _rung("128", "width 128", 6.0, (4e-3, 8e-3), hidden=128),
-        _rung("256", "width 256", 20.0, (2e-3, 4e-3), hidden=256),
-        _rung("8m", "8 million tokens", 34.0, (4e-3, 8e-3), steps=8000),
+        _rung("0.5m", "0.5 million tokens and width 64", 0.5, (4e-3, 8e-3, 1.6e-2)),
+        _rung("2m", "2 million tokens", 1.2, (4e-3, 8e-3), steps=2000),
+        _rung("128", "width 128", 0.5, (4e-3, 8e-3), hidden=128),
+        _rung("256", "width 256", 0.6, (2e-3, 4e-3), hidden=256),
+        _rung("8m", "8 million tokens", 4.0, (4e-3, 8e-3), steps=8000),
     )
 }
 

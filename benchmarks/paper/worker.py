@@ -261,6 +261,9 @@ def be_deterministic() -> None:
     """Has a GPU compute a run again with the same bits; the CPU does anyway. Warns of operators that cannot."""
     if DEVICE == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Their backward passes have an order of additions that changes, where only a warning is asked for.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
