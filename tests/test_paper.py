@@ -272,6 +272,15 @@ class TestTable:
         assert runs.learning_rate(scale, known, arm) == 8e-3
         assert plan(scale, known)[0]["learning_rate"] == []
 
+    @pytest.mark.parametrize("peak, wanted", [(1e-3, 1e-3), (3e-4, 2.5e-4), (8e-3, 8e-3)])
+    def test_a_common_grid_grows_too_and_the_plan_goes_on(self, peak, wanted):
+        scale, known = replace(SMOKE, extends_grid=True), {}
+        for _ in range(6):  # as the runner does: all that is planned, and a new plan
+            stages, complete = plan(scale, known)
+            assert complete or any(made.id not in known for made in stages["learning_rate"])
+            known |= {made.id: line(made, [[4, abs(made.lr - peak)]]) for made in stages["learning_rate"]}
+        assert complete and {made.lr for made in stages["figure_3a"]} == {wanted}
+
     def test_the_loss_of_a_run_is_the_mean_of_its_late_evaluations(self):
         scale, arm = replace(SMOKE, late=2), moe(OFFICIAL)
         made = Run(scale, arm, 1e-3, 1)
@@ -886,7 +895,7 @@ class TestReport:
             rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(2 of 3\) \| -9.7 ± [\d.]+ % \(2 of 3\) \|", text
         )
         assert "](ladder.png)" in text and (tmp_path / "ladder.png").stat().st_size > 10_000
-        assert "**No runs of ladder-2m, ladder-128, ladder-8m.**" in text and "not run" in text
+        assert "**No runs of ladder-128, ladder-2m, ladder-8m.**" in text and "not run" in text
         assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
         assert report.ladder(tmp_path / "nowhere", tmp_path) == []
