@@ -70,7 +70,10 @@ def grouped_mm_experts_forward(
             is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
             if not self.adapters and is_plain and prefers_megablocks(gate_up_proj):
                 return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
-            return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
+            projections = self.shared_projections or for_torchs_products(gate_up, down, dtype)
+            if self.is_sharing_weights:
+                self.shared_projections = projections
+            return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, *projections)
         if dtype is not None:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         elif not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
@@ -82,6 +85,20 @@ def grouped_mm_experts_forward(
     return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
 
 
+def for_torchs_products(
+    gate_up: Projection, down: Projection, dtype: torch.dtype | None = None
+) -> tuple[Projection, Projection]:
+    """Matrices (N, 2I, H) and (N, H, I) as torch's grouped products take them, which know nothing of autocast and want
+    rows of whole 16 bytes: in `dtype` if that is given, with zeros where a width is none. Others stay as they are."""
+    if dtype is not None:
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
+    missing_hidden, missing_inner = (-size % (16 // down.weight.itemsize) for size in down.weight.shape[1:])
+    if missing_hidden or missing_inner:
+        gate_up = gate_up.pad(missing_inner, missing_hidden, parts=2)
+        down = down.pad(missing_hidden, missing_inner)
+    return gate_up, down
+
+
 def torch_experts_forward(
     experts: nn.Module,
     hidden_states: torch.Tensor,
@@ -89,36 +106,29 @@ def torch_experts_forward(
     top_k_weights: torch.Tensor,
     gate_up: Projection,
     down: Projection,
-    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Experts by torch's grouped products, of any width, in `dtype` or, without one, in that of the weights. These
-    products themselves know nothing of autocast, and want rows of whole 16 bytes.
+    """Experts by torch's grouped products.
 
     Args:
+        experts (`nn.Module`): Whose activation is used.
         hidden_states (`torch.Tensor`): (T, H).
         top_k_index (`torch.Tensor`): (T, K) experts; ids of N and more are computed by another rank.
         top_k_weights (`torch.Tensor`): (T, K) routing weights.
-        gate_up (`Projection`): (N, 2I, H).
-        down (`Projection`): (N, H, I).
+        gate_up, down (`Projection`): Of [`for_torchs_products`]; computed in their dtype.
 
     Returns:
         `torch.Tensor`: (T, H) in the dtype of `hidden_states`.
     """
-    stored, width = gate_up.weight, hidden_states.shape[1]
-    if dtype is not None:
-        gate_up, down = gate_up.to(dtype), down.to(dtype)
-    missing_hidden, missing_inner = (-size % (16 // down.weight.itemsize) for size in down.weight.shape[1:])
-    if missing_hidden or missing_inner:
-        hidden_states = F.pad(hidden_states, (0, missing_hidden))
-        gate_up = gate_up.pad(missing_inner, missing_hidden, parts=2)
-        down = down.pad(missing_hidden, missing_inner)
+    width = hidden_states.shape[1]
+    missing = down.weight.shape[1] - width
+    if missing:
+        hidden_states = F.pad(hidden_states, (0, missing))
     if gate_up.a is not None or down.a is not None:
         output = adapted_experts_forward(experts, hidden_states, top_k_index, top_k_weights, gate_up, down)
     else:
-        if gate_up.weight is not stored:
-            experts = _ExpertsWith(experts, gate_up.weight, down.weight)
+        experts = _ExpertsWith(experts, gate_up.weight, down.weight)
         output = torch_grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    return output[:, :width] if missing_hidden else output
+    return output[:, :width] if missing else output
 
 
 class _ExpertsWith:
@@ -233,6 +243,10 @@ def check_adaptable(weight: torch.Tensor) -> None:
         )
 
 
+def _is_autocasting(experts: nn.Module) -> bool:
+    return torch.is_autocast_enabled(next(experts.parameters()).device.type)
+
+
 @contextmanager
 def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
@@ -251,7 +265,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or not (wrappers or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        or not (wrappers or torch.is_grad_enabled() or _is_autocasting(experts))
         or torch.compiler.is_compiling()
     ):
         yield

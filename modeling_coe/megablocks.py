@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import batched_mm_experts_forward
 from transformers.utils import logging
 
-from .experts import ALTERNATIVES, torch_experts_forward
+from .experts import ALTERNATIVES, for_torchs_products, torch_experts_forward
 from .grouped_experts import Projection
 
 
@@ -113,8 +113,8 @@ def megablocks_experts_forward(
     # One weight matrix a row is gathered by batched_mm: with more rows than experts that is more than all the weights.
     if num_rows <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    gate_up, down = Projection(self.gate_up_proj), Projection(self.down_proj)
-    return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
+    projections = for_torchs_products(Projection(self.gate_up_proj), Projection(self.down_proj), dtype)
+    return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, *projections)
 
 
 def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:

@@ -255,7 +255,7 @@ class Parameter(NamedTuple):
     def is_product(self) -> bool:
         """Whether autocast multiplies with a bfloat16 copy of it."""
         own = (".mlp.gate.", "embed_tokens", "iteration_scale")
-        return len(self.shape) == 2 and not any(part in self.name for part in own)
+        return self.is_expert or (len(self.shape) == 2 and not any(part in self.name for part in own))
 
     def num_shards(self, layout: Layout) -> int:
         """Number of devices that share it by FSDP or ZeRO-3."""
@@ -294,19 +294,18 @@ def model_parameters(config: CoeConfig) -> list[Parameter]:
 
 
 class Precision(NamedTuple):
-    """Bytes of an element of the residual stream, of what attention and MLPs multiply, and of what experts do."""
+    """Bytes of an element of the residual stream, and of what attention, MLPs and experts multiply."""
 
     stream: int
     products: int
-    experts: int
 
 
 def precision(layout: Layout, dtype: str) -> Precision:
     """Under FSDP2 and ZeRO-3 weights are bfloat16 when they are used, and with them everything. Autocast leaves the
-    stream in float32, and the experts too, whose grouped products it does not know."""
+    stream in float32."""
     if dtype == "float32":
-        return Precision(4, 4, 4)
-    return Precision(4, 2, 4) if layout.engine == "ddp" else Precision(2, 2, 2)
+        return Precision(4, 4)
+    return Precision(4, 2) if layout.engine == "ddp" else Precision(2, 2)
 
 
 @dataclass(frozen=True)
@@ -424,7 +423,7 @@ def activation_bytes(
     # Gradients of the rows of one iteration: as the sum over K spreads them and times their weights, both in float32,
     # and cast to what experts compute in.
     rows = max((config.experts_per_iteration(layer_idx) for layer_idx in config.sparse_layers), default=0) * tokens
-    row = (2 * 4 + (0 if precision.experts == 4 else precision.experts)) * hidden
+    row = (2 * 4 + (0 if precision.products == 4 else precision.products)) * hidden
     return outside + max(loss, max(layers) + rows * row)
 
 
@@ -479,11 +478,11 @@ def _iteration_bytes(config: CoeConfig, layer_idx: int, iteration: int, precisio
     hidden, stream, top_k = config.hidden_size, precision.stream, config.experts_per_iteration(layer_idx)
     kept = 4 * hidden + 2 * 4 * config.n_routed_experts + 16 * top_k
     # Sorted inputs, gate and up, activation, their product, outputs; three indices and a weight.
-    row = precision.experts * (2 * hidden + 4 * config.moe_intermediate_size // tp_size) + 28
+    row = precision.products * (2 * hidden + 4 * config.moe_intermediate_size // tp_size) + 28
     kept += top_k * row
     if config.shared_expert_width and not (config.upcycling == "split" and iteration > 0):
         kept += _mlp_bytes(config.shared_expert_width // tp_size, hidden, precision)
-        if precision == Precision(4, 4, 4):  # the router's input, counted already
+        if precision == Precision(4, 4):  # the router's input, counted already
             kept -= 4 * hidden
         if BACKBONES[config.backbone].gates_shared_experts:
             kept += precision.products * hidden
@@ -594,9 +593,9 @@ def step_seconds(
     tokens = settings.batch_size * settings.sequence_length / settings.devices
     passes = 4 if settings.gradient_checkpointing else 3
     is_mixed = settings.dtype == "bfloat16"
-    slow = flops.routers + (flops.experts if is_mixed and precision(layout, settings.dtype).experts == 4 else 0)
     fast_peak = settings.peak if is_mixed else settings.peak_float32
-    computing = tokens * passes * ((flops.total - slow) / fast_peak + slow / settings.peak_float32)
+    fast = flops.total - flops.routers
+    computing = tokens * passes * (fast / fast_peak + flops.routers / settings.peak_float32)
     computing /= settings.efficiency * 10**12
 
     in_node = min(settings.devices, settings.devices_per_node)
@@ -763,7 +762,7 @@ def describe(source: str, plan: Plan, settings: PlanSettings) -> str:
     lines += [
         "",
         f"Nothing is measured. Products reach {settings.efficiency:.0%} of {settings.peak:g} TFLOP/s, or of "
-        f"{settings.peak_float32:g} in float32 (routers; experts under ddp).",
+        f"{settings.peak_float32:g} in float32 (routers).",
         f"Links reach {settings.link_efficiency:.0%} of {links}. Weights and gradients move while products run;",
         "tokens that experts exchange (GB that a device sends in a step), and sums of tensor parallelism, do not.",
         "",

@@ -109,7 +109,7 @@ def test_activations(shape, dtype):
     model = wide_model(**SHAPES[shape]).to(dtype)
     input_ids = random_ids(2, 192)
     itemsize = dtype.itemsize
-    expected = activation_bytes(model.config, batch_size=2, length=192, precision=Precision(*3 * [itemsize]))
+    expected = activation_bytes(model.config, batch_size=2, length=192, precision=Precision(*2 * [itemsize]))
     logits = 4 * input_ids.numel() * model.config.vocab_size
     # What is kept has the probabilities of the loss once, its largest moment three such tensors.
     assert expected - 2 * logits == pytest.approx(saved_bytes(model, input_ids), rel=0.1)
@@ -129,7 +129,7 @@ def test_activations_with_checkpointing(shape, dtype):
     enable_checkpointing(model, {"use_reentrant": False})
     input_ids = random_ids(2, 192)
     expected = activation_bytes(
-        model.config, batch_size=2, length=192, precision=Precision(*3 * [dtype.itemsize]), checkpointing=True
+        model.config, batch_size=2, length=192, precision=Precision(*2 * [dtype.itemsize]), checkpointing=True
     )
     model(input_ids, labels=input_ids, use_cache=False).loss.backward()
     measured = peak_bytes(lambda: model(input_ids, labels=input_ids, use_cache=False).loss.backward())
@@ -137,9 +137,10 @@ def test_activations_with_checkpointing(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", ["latent, C = 2", "split"])
-def test_autocast(shape):
-    """Autocast leaves stream and experts in float32, and its copies of weights are counted beside."""
-    model = wide_model(**SHAPES[shape])
+def test_autocast(monkeypatch, shape):
+    """Autocast leaves the stream in float32, and its copies of weights are counted beside."""
+    monkeypatch.setattr("modeling_coe.experts._is_computed_here", lambda *_: False)  # as on a GPU
+    model = wide_model("grouped_mm", **SHAPES[shape])
     input_ids = random_ids(2, 192)
     planned = memory(
         model.config,
@@ -352,9 +353,8 @@ def test_time_by_hand():
     # Copies: sharded within a machine, and each device averages its eighth over its own link, once a step.
     _, moving, _ = seconds(Layout("fsdp", 2, 8))
     assert moving == pytest.approx(2 * 8 * size * 7 / 8 / 450e9 + 2 * 4 * (size / 8) / 2 / 50e9)
-    # Under autocast experts are products in float32.
-    slow, moving, _ = seconds(Layout("ddp", 16))
-    assert slow > 5 * computing
+    by_autocast, moving, _ = seconds(Layout("ddp", 16))
+    assert by_autocast == pytest.approx(computing)
     assert moving == pytest.approx(2 * 4 * size * 15 / 16 / 400e9)
     # Experts: 15 layers of 2 iterations with 4 experts each; rows of 2048 in bfloat16, there and back, twice.
     rows = 2 * 2 * 4096 * 15 * 2 * 4
