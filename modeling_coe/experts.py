@@ -201,16 +201,20 @@ def _are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
+def _is_autocasting(weight: torch.Tensor) -> bool:
+    device_type = weight.device.type  # that of "meta", of which no autocast can be asked, among them
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast_dtype(weight: torch.Tensor, top_k_index: torch.Tensor) -> torch.dtype | None:
     """What autocast would have the weights multiplied in, as it has those of linear modules, where that is another
     dtype than theirs: torch's grouped products know nothing of autocast. Without gradients and with few tokens, a copy
     of all weights costs more than the products."""
-    device_type = weight.device.type
-    if not torch.is_autocast_enabled(device_type) or weight.dtype == torch.float64:
+    if not _is_autocasting(weight) or weight.dtype == torch.float64:
         return None
     if not torch.is_grad_enabled() and top_k_index.numel() < len(weight):
         return None
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(weight.device.type)
     return None if dtype == weight.dtype else dtype
 
 
@@ -243,10 +247,6 @@ def check_adaptable(weight: torch.Tensor) -> None:
         )
 
 
-def _is_autocasting(experts: nn.Module) -> bool:
-    return torch.is_autocast_enabled(next(experts.parameters()).device.type)
-
-
 @contextmanager
 def sharing_weights(experts: nn.Module) -> Iterator[None]:
     """Lets the calls of `experts` inside it share their weights and compute the weights' gradients once.
@@ -265,7 +265,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or not (wrappers or torch.is_grad_enabled() or _is_autocasting(experts))
+        or not (wrappers or torch.is_grad_enabled() or _is_autocasting(next(experts.parameters())))
         or torch.compiler.is_compiling()
     ):
         yield

@@ -460,6 +460,14 @@ class TestDtypes:
         calls = [make_call(experts, 12, 4) for _ in range(2)]
         assert_close(shared_results(experts, calls), loop_results(experts, calls), 16 * torch.finfo(dtype).eps)
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+    def test_a_device_without_autocast(self, mode):
+        experts = make_experts(6, 32, 24, torch.bfloat16)
+        call = make_call(experts, 12)
+        experts, call = experts.to("meta"), [each.to("meta") for each in call]
+        with mode(), sharing_weights(experts):
+            assert in_a_row(experts, [call]).shape == (1, 12, 32)
+
     def test_autocast_leaves_float64(self):
         experts = make_experts()
         call = make_call(experts, 12)
