@@ -201,7 +201,7 @@ def _are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-def _is_autocasting(weight: torch.Tensor) -> bool:
+def is_autocasting(weight: torch.Tensor) -> bool:
     device_type = weight.device.type  # that of "meta", of which no autocast can be asked, among them
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
@@ -210,7 +210,7 @@ def _autocast_dtype(weight: torch.Tensor, top_k_index: torch.Tensor) -> torch.dt
     """What autocast would have the weights multiplied in, as it has those of linear modules, where that is another
     dtype than theirs: torch's grouped products know nothing of autocast. Without gradients and with few tokens, a copy
     of all weights costs more than the products."""
-    if not _is_autocasting(weight) or weight.dtype == torch.float64:
+    if not is_autocasting(weight) or weight.dtype == torch.float64:
         return None
     if not torch.is_grad_enabled() and top_k_index.numel() < len(weight):
         return None
@@ -265,7 +265,7 @@ def sharing_weights(experts: nn.Module) -> Iterator[None]:
         experts = experts.base_layer
     if (
         not hasattr(experts, "is_sharing_weights")
-        or not (wrappers or torch.is_grad_enabled() or _is_autocasting(next(experts.parameters())))
+        or not (wrappers or torch.is_grad_enabled() or is_autocasting(next(experts.parameters())))
         or torch.compiler.is_compiling()
     ):
         yield

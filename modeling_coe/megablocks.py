@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import batched_mm_experts_forward
 from transformers.utils import logging
 
-from .experts import ALTERNATIVES, for_torchs_products, torch_experts_forward
+from .experts import ALTERNATIVES, for_torchs_products, is_autocasting, torch_experts_forward
 from .grouped_experts import Projection
 
 
@@ -118,8 +118,7 @@ def megablocks_experts_forward(
 
 
 def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:
-    device_type = weight.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    return torch.get_autocast_dtype(weight.device.type) if is_autocasting(weight) else weight.dtype
 
 
 @torch.compiler.disable(reason="the routing decides the number of row blocks, and stk launches its kernels itself")

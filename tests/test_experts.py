@@ -437,9 +437,8 @@ class TestDtypes:
             assert (gate_up, down) == (gate_up_again, down_again)
         assert {each.dtype for each in (output, *gradients)} == {torch.float32}
         expected = loop_results(experts, calls)
-        assert_close(
-            [output, *gradients, without_gradient], [*expected, expected[0]], 2**-3
-        )  # of two calls in a row, some gradients are rounded much
+        # Of two calls in a row, some gradients are rounded much.
+        assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-3)
 
     @pytest.mark.parametrize("widths", [(32, 24), (21, 11)], ids=str)
     def test_autocast_where_it_is_compiled(self, widths):
