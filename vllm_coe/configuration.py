@@ -1,6 +1,7 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """What vLLM has to know of a chain before it builds one, and which chains it would compute differently."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +116,10 @@ class TransformersServingConfig(VerifyAndUpdateConfig):
             config = model_config.hf_config
             model_config.model_arch_config.head_size = config.kv_lora_rank + config.qk_rope_head_dim
             choose_latent_kernel(vllm_config)
+        elif model_config.use_mla:
+            # As the backend does too, but only while it builds the model. Until then vLLM would lay the cache out
+            # for latents: on a processor without AMX in blocks that attention of whole heads has no kernel for.
+            os.environ["VLLM_MLA_DISABLE"] = "1"
 
 
 def backend_caches_latents(model_config: ModelConfig) -> bool:

@@ -107,6 +107,17 @@ def test_latents_without_a_kernel_need_the_cache_of_heads(name, tmp_path, monkey
     assert_served(fields, tmp_path)
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_expanded_heads_are_cached_alike_on_every_processor(amx, tmp_path, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    build_model(backbone="deepseek_v2").save_pretrained(tmp_path)
+    config = EngineArgs(str(tmp_path), skip_tokenizer_init=True, model_impl="transformers").create_engine_config()
+    assert config.cache_config.block_size % 32 == 0
+    assert config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill
+
+
 def test_compiled_models_and_the_fused_layout(tmp_path):
     options = {"model_impl": "transformers", "enforce_eager": False}
     assert_served_apart(MODELS["qwen2_moe, split"], tmp_path, {"save_original_format": False}, **options)
