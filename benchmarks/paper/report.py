@@ -203,12 +203,12 @@ def summary(evidence: Evidence) -> list[str]:
     """The headline in a paragraph, from the figures alone."""
     lines = []
     for experiment in evidence.scale.experiments:
-        if experiment.name not in ("figure_3a", "second_data"):
+        if experiment.name not in ("figure_3a", "second_data", *LADDER_EXPERIMENTS):
             continue
         compared = [evidence.compare(contrast) for contrast in experiment.contrasts]
         if any(finding.differences["steps"] is None for finding in compared):
             continue
-        official, prenorm, standard, rule, _ = compared
+        official, prenorm, standard, rule, *_ = compared
 
         def told(finding: Finding) -> str:
             return f"{percent(finding.relative())} ({finding.verdict()})"
