@@ -7,32 +7,32 @@ INSTALLED := $(VENV)/.installed
 # Threads of torch that wait for each other spin for a moment only, or else one busy process stops them all.
 export GOMP_SPINCOUNT ?= 1000
 
-# What has to hold on every release of transformers.
+# What has to hold on the oldest release of transformers, and on whatever is out today.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs balancing bias_balancing chain \
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	quantization reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
-# The oldest PEFT imports names that torchao has no more.
-RELEASE_EXTRAS_newest := ,quantization
+.PHONY: demo test test-oldest test-today vllm serve-test quality style benchmarks gpu gpu-wheels evidence clean
 
-.PHONY: demo test test-oldest test-newest test-today vllm serve-test quality style benchmarks gpu gpu-wheels \
-	evidence clean
+# As many processes as there are cores: with more threads they would wait for each other.
+test test-oldest serve-test: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py --output-dir runs/demo --overwrite
 
+# With the newest releases that are supported.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto tests
 
-# The oldest and the newest releases that are supported, each in an environment of its own (.venv-oldest, .venv-newest).
-test-oldest test-newest: test-%: $(VENV)-%/.installed
-	$(VENV)-$*/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
+# With the oldest, in an environment of its own (.venv-oldest).
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
 
 # vLLM for CPUs, in an environment of its own (.venv-vllm), and what has to hold of serving.
 vllm: $(VENV)-vllm/.installed
 
 serve-test: $(VENV)-vllm/.installed
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest --numprocesses auto --dist loadfile \
+	$(VENV)-vllm/bin/python -m pytest --numprocesses auto --dist loadfile \
 		tests/vllm tests/test_serving.py tests/test_serve.py
 
 # Whatever is out today, but for torch. Not pinned, so it may fail where nothing here has changed.
@@ -77,7 +77,7 @@ evidence: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.report && exit $$status
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-today $(VENV)-vllm
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-today $(VENV)-vllm
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -95,9 +95,10 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(@D)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec torchvision
 	touch $@
 
-$(VENV)-%/.installed: pyproject.toml constraints-%.txt
+# Without quantisation: the oldest PEFT imports names that torchao has no more.
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
-		--editable '.[finetune,megablocks,test$(RELEASE_EXTRAS_$*)]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-oldest.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[finetune,megablocks,test]'
 	touch $@

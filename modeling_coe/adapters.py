@@ -125,12 +125,17 @@ def adapted_experts_forward(
     return sum_rows(outputs, rows.slot, top_k_weights).to(hidden_states.dtype)
 
 
+def missing_columns(width: int, dtype: torch.dtype) -> int:
+    """How many more columns make rows of whole 16 bytes, which torch's grouped products need."""
+    return -width % (16 // dtype.itemsize)
+
+
 def _project(inputs: torch.Tensor, projection: Projection, offsets: torch.Tensor) -> torch.Tensor:
     """Rows (R, in) times the matrices of their experts: (R, out)."""
     weight, a, b = projection
     output = _grouped_linear(inputs, weight, offsets)
     if a is None:
         return output
-    padding = -a.shape[1] % (16 // a.itemsize)  # grouped products need rows of whole 16 bytes
+    padding = missing_columns(a.shape[1], a.dtype)
     a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding)).contiguous()
     return output + _grouped_linear(_grouped_linear(inputs, a, offsets), b, offsets)

@@ -21,7 +21,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.integrations.moe import grouped_mm_experts_forward as torch_grouped_mm_experts_forward
 from transformers.utils import logging
 
-from .adapters import PARAM_WRAPPER, PROJECTIONS, adapted_experts_forward, is_active, low_rank_factors, obstacle
+from .adapters import (
+    PARAM_WRAPPER,
+    PROJECTIONS,
+    adapted_experts_forward,
+    is_active,
+    low_rank_factors,
+    missing_columns,
+    obstacle,
+)
 from .cpu_memory import LARGE_BYTES
 from .grouped_experts import ExpertWeights, Projection, compute_experts
 from .quantized_weights import QuantizedMatrices, dtype_of_products, is_quantized
@@ -66,33 +74,31 @@ def grouped_mm_experts_forward(
             for name, weight in zip(PROJECTIONS, (gate_up_proj, down_proj), strict=True)
         )
         dtype = _autocast_dtype(gate_up_proj, top_k_index)
-        if not _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
+        if _is_computed_here(hidden_states, self.act_fn, gate_up_proj, down_proj):
+            are_as_stored = dtype is None and not self.adapters
+            if are_as_stored and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
+                return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+            prepare = ExpertWeights
+        else:
             is_plain = not torch.compiler.is_compiling() and _are_plain(gate_up_proj, down_proj)
             if not self.adapters and is_plain and prefers_megablocks(gate_up_proj):
                 return ALL_EXPERTS_FUNCTIONS["megablocks"](self, hidden_states, top_k_index, top_k_weights)
-            projections = self.shared_projections or for_torchs_products(gate_up, down, dtype)
-            if self.is_sharing_weights:
-                self.shared_projections = projections
-            return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, *projections)
+            prepare = for_torchs_products
         if dtype is not None:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
-        elif not self.adapters and _gains_nothing(self.config.inner_iter, top_k_index, gate_up_proj, down_proj):
-            return torch_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        weights = ExpertWeights(gate_up, down)
+        weights = prepare(gate_up, down)
         if self.is_sharing_weights and (torch.is_grad_enabled() or dtype is not None):
             self.shared_weights = weights
-    tokens = hidden_states.to(weights.dtype)
-    return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
+    if isinstance(weights, ExpertWeights):
+        tokens = hidden_states.to(weights.dtype)
+        return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)
+    return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, *weights)
 
 
-def for_torchs_products(
-    gate_up: Projection, down: Projection, dtype: torch.dtype | None = None
-) -> tuple[Projection, Projection]:
-    """Matrices (N, 2I, H) and (N, H, I) as torch's grouped products take them, which know nothing of autocast and want
-    rows of whole 16 bytes: in `dtype` if that is given, with zeros where a width is none. Others stay as they are."""
-    if dtype is not None:
-        gate_up, down = gate_up.to(dtype), down.to(dtype)
-    missing_hidden, missing_inner = (-size % (16 // down.weight.itemsize) for size in down.weight.shape[1:])
+def for_torchs_products(gate_up: Projection, down: Projection) -> tuple[Projection, Projection]:
+    """Matrices (N, 2I, H) and (N, H, I) as torch's grouped products take them: with zeros where a width is no whole 16
+    bytes. Others stay as they are."""
+    missing_hidden, missing_inner = (missing_columns(size, down.weight.dtype) for size in down.weight.shape[1:])
     if missing_hidden or missing_inner:
         gate_up = gate_up.pad(missing_inner, missing_hidden, parts=2)
         down = down.pad(missing_hidden, missing_inner)
@@ -231,7 +237,7 @@ def _gains_nothing(
     return (
         is_little
         and gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(width * down_proj.itemsize % 16 == 0 for width in down_proj.shape[1:])
+        and not any(missing_columns(width, down_proj.dtype) for width in down_proj.shape[1:])
         # It takes no care of other ranks' experts unless a plan of parallelism has told it of them.
         and bool((top_k_index < len(gate_up_proj)).all())
     )

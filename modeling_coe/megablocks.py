@@ -113,7 +113,8 @@ def megablocks_experts_forward(
     # One weight matrix a row is gathered by batched_mm: with more rows than experts that is more than all the weights.
     if num_rows <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    projections = for_torchs_products(Projection(self.gate_up_proj), Projection(self.down_proj), dtype)
+    gate_up, down = Projection(self.gate_up_proj).to(dtype), Projection(self.down_proj).to(dtype)
+    projections = for_torchs_products(gate_up, down)
     return torch_experts_forward(self, hidden_states, top_k_index, top_k_weights, *projections)
 
 

@@ -148,7 +148,7 @@ def only_upstream(monkeypatch):
     def refuse(*_):
         raise AssertionError("computed here")
 
-    monkeypatch.setattr(experts_module, "ExpertWeights", refuse)
+    monkeypatch.setattr(experts_module.ExpertWeights, "__init__", refuse)
 
 
 class TestAgainstTheLoop:
@@ -430,7 +430,7 @@ class TestDtypes:
             gradients = gradients_of(output, calls, experts.parameters())
             with torch.no_grad(), sharing_weights(experts):
                 without_gradient = in_a_row(experts, calls)
-        assert experts.shared_projections is None
+        assert experts.shared_weights is None
         dtypes = [torch.bfloat16] * 4 + [torch.bfloat16 if num_tokens == 12 else torch.float32] * 4
         assert [each[:2] for each in multiplied] == [(dtype, dtype) for dtype in dtypes]
         for gate_up, down, gate_up_again, down_again in (multiplied[:4], multiplied[4:]):

@@ -3,11 +3,12 @@
 import inspect
 
 import pytest
+import torch
 
 
 pytest.importorskip("vllm")
 
-from vllm.config import CompilationConfig, LoRAConfig
+from vllm.config import CompilationConfig, LoRAConfig, ModelConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
@@ -15,6 +16,8 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.llama import LlamaAttention
+from vllm.model_executor.models.transformers.base import Base
+from vllm.platforms.cpu import CpuPlatform
 from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
 
@@ -55,3 +58,11 @@ def test_adapters_of_modules_that_are_not_listed_are_refused():
     assert "self.model.lora_manager = self" in inspect.getsource(LoRAModelManager.__init__)
     assert "self.supported_lora_modules" in inspect.getsource(LoRAModelManager.__init__)
     assert "expected_lora_modules" in inspect.signature(LoRAModel.from_local_checkpoint).parameters
+
+
+def test_the_latent_cache_is_laid_out_by_what_the_processor_has():
+    """Otherwise the tests would not see what a processor without AMX does with heads that are cached expanded."""
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    assert f"torch.cpu.{torch.cpu._is_amx_tile_supported.__name__}()" in source and '"use_mla"' in source
+    assert 'os.environ["VLLM_MLA_DISABLE"] = "1"' in inspect.getsource(Base._get_attn_cls)
+    assert "envs.VLLM_MLA_DISABLE" in inspect.getsource(ModelConfig.use_mla.fget)
