@@ -209,30 +209,26 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
 def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path: Path) -> bool:
     """What chains differ from mixtures by, with the intervals, against training tokens at the smallest width and
     against width, hence parameters, at the shortest training. Returns whether there was anything."""
-    # Million tokens, width, million parameters, runs.
-    steps = [
-        (
-            rung.scale.steps * rung.scale.tokens_per_step / 1e6,
-            rung.scale.shape["hidden_size"],
-            run["parameters"] / 1e6,
-            rung,
-        )
+    parameters = {
+        rung: run["parameters"] / 1e6
         for rung in rungs
         if (run := next(filter(None, map(rung.any_run, experiment.arms)), None))
-    ]
-    if not steps:
+    }
+    if not parameters:
         return False
-    shortest, narrowest = (min(step[axis] for step in steps) for axis in (0, 1))
+    million_tokens = {rung: rung.scale.training_tokens / 1e6 for rung in parameters}
+    width = {rung: rung.scale.shape["hidden_size"] for rung in parameters}
+    shortest, narrowest = min(million_tokens.values()), min(width.values())
     panels = (
-        ("million tokens", 0, [step for step in steps if step[1] == narrowest]),
-        ("width", 1, [step for step in steps if step[0] == shortest]),
+        ("million tokens", {rung: at for rung, at in million_tokens.items() if width[rung] == narrowest}),
+        ("width", {rung: at for rung, at in width.items() if million_tokens[rung] == shortest}),
     )
     contrasts = [each for each in experiment.contrasts if each.arm.iterations != each.against.iterations]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     is_empty = True
-    for axes, (unit, place, found) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    for axes, (unit, places) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         for index, contrast in enumerate(contrasts):
-            shares = [(step[place], step[3].compare(contrast).relative()) for step in found]
+            shares = [(at, rung.compare(contrast).relative()) for rung, at in places.items()]
             shares = [(at, share) for at, share in shares if share is not None and share.count > 1]
             is_empty &= not shares
             axes.errorbar(
@@ -247,8 +243,8 @@ def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path:
             )
         axes.axhline(0, color="black", linewidth=1)
         axes.set_xscale("log")
-        ticks = [f"{step[place]:.3g}\n{step[2]:.1f} M parameters" for step in found]
-        axes.set_xticks([step[place] for step in found], ticks)
+        ticks = [f"{at:.3g}\n{parameters[rung]:.1f} M parameters" for rung, at in places.items()]
+        axes.set_xticks(list(places.values()), ticks)
         axes.minorticks_off()
         axes.set(xlabel=unit)
         axes.grid(axis="y", alpha=0.3)

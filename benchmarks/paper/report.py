@@ -137,7 +137,7 @@ def setting(evidence: Evidence) -> list[str]:
         f"{shape['num_heads']} heads, experts {shape['expert_width']} wide, vocabulary of at most "
         f"{shape['vocab_size']:,}. "
         f"{shape['steps']:,} steps of {shape['batch_size']} x {shape['block_size']} tokens, "
-        f"{scale.steps * scale.tokens_per_step / 1e6:.2f} million in all; AdamW with betas 0.9 and "
+        f"{scale.training_tokens / 1e6:.2f} million in all; AdamW with betas 0.9 and "
         f"{COMMON_OPTIONS['beta2']:g}, weight decay {COMMON_OPTIONS['weight_decay']:g}, gradients clipped at 1; "
         f"learning rate {'constant' if is_constant else 'falling to zero as a cosine'} after {shape['warmup_steps']} "
         "steps of warm-up; balancing loss "
@@ -339,7 +339,7 @@ def ladder(folder: Path, root: Path) -> list[str]:
 
 def rung_size(evidence: Evidence, arm: Arm) -> str:
     scale, run = evidence.scale, evidence.any_run(arm)
-    size = f"{scale.steps * scale.tokens_per_step / 1e6:.1f} M tokens, width {scale.shape['hidden_size']}"
+    size = f"{scale.training_tokens / 1e6:.1f} M tokens, width {scale.shape['hidden_size']}"
     return size + (f", {run['parameters'] / 1e6:.1f} M" if run else "")
 
 

@@ -145,6 +145,10 @@ class Scale:
     def tokens_per_step(self) -> int:
         return self.shape["batch_size"] * self.shape["block_size"]
 
+    @property
+    def training_tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
 
 def _shape(
     hidden: int, heads: int, vocab: int, block: int, batch: int, steps: int, evals: int, eval_blocks: int
