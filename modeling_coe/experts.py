@@ -61,7 +61,9 @@ def grouped_mm_experts_forward(
     Returns:
         `torch.Tensor`: (T, H) in the dtype of `hidden_states`.
     """
-    weights = self.shared_weights
+    # Apart, as what was made without gradients would give none to a later call: checkpointing makes both kinds.
+    has_gradients = torch.is_grad_enabled()
+    weights = self.shared_weights.get(has_gradients)
     if weights is None:
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
         if is_quantized(gate_up_proj) or is_quantized(down_proj):
@@ -87,8 +89,8 @@ def grouped_mm_experts_forward(
         if dtype is not None:
             gate_up, down = gate_up.to(dtype), down.to(dtype)
         weights = prepare(gate_up, down)
-        if self.is_sharing_weights and (torch.is_grad_enabled() or dtype is not None):
-            self.shared_weights = weights
+        if self.is_sharing_weights:
+            self.shared_weights[has_gradients] = weights
     if isinstance(weights, ExpertWeights):
         tokens = hidden_states.to(weights.dtype)
         return compute_experts(tokens, top_k_index, top_k_weights, weights, self.act_fn).to(hidden_states.dtype)

@@ -188,7 +188,7 @@ class CoeExperts(DeepseekV2Experts):
 
     def stop_sharing(self) -> None:
         """Forgets what the iterations of a chain share while they run, see `sharing_weights`."""
-        self.is_sharing_weights, self.shared_weights, self.adapters = False, None, {}
+        self.is_sharing_weights, self.shared_weights, self.adapters = False, {}, {}
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -138,7 +138,7 @@ def assert_close(actual, expected, tolerance: float) -> None:
 
 def assert_computes(experts, calls: list[Call], tolerance: float = 1e-10) -> None:
     assert_close(shared_results(experts, calls), loop_results(experts, calls), tolerance)
-    assert experts.shared_weights is None and not experts.is_sharing_weights
+    assert not experts.shared_weights and not experts.is_sharing_weights
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ class TestDtypes:
             gradients = gradients_of(output, calls, experts.parameters())
             with torch.no_grad(), sharing_weights(experts):
                 without_gradient = in_a_row(experts, calls)
-        assert experts.shared_weights is None
+        assert not experts.shared_weights
         dtypes = [torch.bfloat16] * 4 + [torch.bfloat16 if num_tokens == 12 else torch.float32] * 4
         assert [each[:2] for each in multiplied] == [(dtype, dtype) for dtype in dtypes]
         for gate_up, down, gate_up_again, down_again in (multiplied[:4], multiplied[4:]):
@@ -439,6 +439,23 @@ class TestDtypes:
         expected = loop_results(experts, calls)
         # Of two calls in a row, some gradients are rounded much.
         assert_close([output, *gradients, without_gradient], [*expected, expected[0]], 2**-3)
+
+    @pytest.mark.parametrize("is_here", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_call_without_gradient_before_one_with(self, is_here, dtype, monkeypatch):
+        """As of a reentrant checkpoint around one iteration: its cast or padded copy would give no gradients."""
+        experts = make_experts(6, 32, 11, torch.float32)
+        call = make_call(experts, 12, 4, dtype=torch.float32)
+        if not is_here:
+            monkeypatch.setattr(experts_module, "_is_computed_here", lambda *args: False)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), sharing_weights(experts):
+            with torch.no_grad():
+                without_gradient = experts(*call)
+            output = experts(*call)
+            gradients = gradients_of(output, [call], experts.parameters())
+        expected = loop_results(experts, [call])
+        tolerance = 2**-4 if dtype == torch.bfloat16 else 1e-5
+        assert_close([output, *gradients, without_gradient], [*expected, expected[0]], tolerance)
 
     @pytest.mark.parametrize("widths", [(32, 24), (21, 11)], ids=str)
     def test_autocast_where_it_is_compiled(self, widths):
@@ -595,7 +612,7 @@ class TestSharing:
     def test_nothing_is_shared_without_gradient(self, experts, calls):
         with torch.no_grad(), sharing_weights(experts):
             experts(*calls[0])
-            assert not experts.is_sharing_weights and experts.shared_weights is None
+            assert not experts.is_sharing_weights and not experts.shared_weights
 
     def test_gradient_of_a_gradient_is_right_or_refused(self):
         experts = make_experts(dtype=torch.float32)
@@ -706,7 +723,7 @@ class TestLayer:
         with pytest.raises(IndexError):
             layer.num_iterations = 4  # one more than there are routers
             layer.chain(torch.randn(2, 5, 32, dtype=torch.float64))
-        assert layer.mlp.experts.shared_weights is None and not layer.mlp.experts.is_sharing_weights
+        assert not layer.mlp.experts.shared_weights and not layer.mlp.experts.is_sharing_weights
         layer.num_iterations = 3
         assert all(map(torch.equal, self.gradients(layer, layer.chain), expected))
 
@@ -787,7 +804,7 @@ class TestStepsAside:
         with sharing_weights(experts):
             assert not experts.is_sharing_weights
             assert_close(results(experts, calls, experts.parameters()), expected, 1e-10)
-            assert experts.shared_weights is None
+            assert not experts.shared_weights
 
     def test_lora_on_the_fused_weights(self):
         peft = pytest.importorskip("peft")
