@@ -280,6 +280,7 @@ class TestTable:
             assert complete or any(made.id not in known for made in stages["learning_rate"])
             known |= {made.id: line(made, [[4, abs(made.lr - peak)]]) for made in stages["learning_rate"]}
         assert complete and {made.lr for made in stages["figure_3a"]} == {wanted}
+        assert f"Chosen: {wanted:g}." in report.learning_rates(Evidence(scale, known))  # at no edge any more
 
     def test_the_loss_of_a_run_is_the_mean_of_its_late_evaluations(self):
         scale, arm = replace(SMOKE, late=2), moe(OFFICIAL)

@@ -466,8 +466,9 @@ def learning_rates(evidence: Evidence) -> list[str]:
         return lines
     if (chosen := evidence.rate) is None:
         return [*lines, "Not chosen yet.", ""]
-    edge = chosen in (min(scale.learning_rates), max(scale.learning_rates))
-    return [*lines, f"Chosen: {chosen:g}{', which lies at the edge of the grid' if edge else ''}.", ""]
+    tried = {run.lr for arm in common for run in grids[arm]}  # the scale's own rates, and those that it grew by
+    is_on_edge = chosen in (min(tried), max(tried))
+    return [*lines, f"Chosen: {chosen:g}{', which lies at the edge of the grid' if is_on_edge else ''}.", ""]
 
 
 def experiment_section(evidence: Evidence, experiment: Experiment, image: str | None) -> list[str]:
