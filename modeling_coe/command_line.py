@@ -52,6 +52,14 @@ def setting(default: Any = MISSING, help: str | None = None, **options: Any) -> 
     return field(default=default, metadata=metadata)
 
 
+def default_values(kind: type) -> dict[str, Any]:
+    """What the fields of settings are where they are not given, but for those that must be."""
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(kind)
+    }
+    return {name: default for name, default in defaults.items() if default is not MISSING}
+
+
 def parse(
     kind: type[Settings], description: str, argv: Sequence[str] | None = None, *, prog: str | None = None
 ) -> Settings:
@@ -65,14 +73,12 @@ def parse(
     """
     groups = [each for each in reversed(kind.__mro__) if "_argument_group_name" in vars(each)] or [kind]
     parser = _SettingsParser(groups, description=description, prog=prog)
-    defaults = {
-        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(kind)
-    }
+    defaults = default_values(kind)
     grouped = {each.name for group in groups for each in fields(group)}
     for each in fields(kind):
         if each.name not in grouped:
-            parser.add_argument(each.name if defaults[each.name] is MISSING else option(each.name), **each.metadata)
-    parser.set_defaults(**{name: default for name, default in defaults.items() if default is not MISSING})
+            parser.add_argument(option(each.name) if each.name in defaults else each.name, **each.metadata)
+    parser.set_defaults(**defaults)
     return kind(**vars(parser.parse_args(argv)))
 
 

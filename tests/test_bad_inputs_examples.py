@@ -12,8 +12,10 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import pretrain
 import pytest
 from recipe import corpus
+from recipe.settings import computing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .helpers import ROOT, tiny_model
@@ -121,6 +123,7 @@ CASES = {
         ("--output-dir @stopped --resume", "--output-dir", "already holds checkpoint-2", "run.json", "--overwrite"),
         ("--output-dir @finished", "--output-dir", "already holds model", "--overwrite"),
         ("--output-dir @other_run --resume", "--lr is 0.003", "0.5", "Resume with the same settings"),
+        ("--output-dir @old_run --branch-norm --resume", "--branch-norm is True", "has False", "the same settings"),
         ("--output-dir @damaged_run --resume", "--output-dir", "run.json is damaged", "--overwrite"),
         ("--output-dir @list_run --resume", "--output-dir", "run.json is damaged", "--overwrite"),
         ("--output-dir @empty_run --resume", "--output-dir", "'settings'", "--overwrite"),
@@ -350,8 +353,11 @@ def write_models(folder: Path) -> None:
 def write_runs(folder: Path) -> None:
     (folder / "stopped" / "checkpoint-2").mkdir(parents=True)
     shutil.copytree(folder / "good", folder / "finished" / "model")
+    settings = computing(pretrain.parse_settings(command("pretrain", "", folder, folder / "out")))
+    older = {name: value for name, value in settings.items() if name not in pretrain.STABILISERS}
     runs = {
-        "other_run": json.dumps({"settings": {"lr": 0.5}, "data_fingerprint": "0"}),
+        "other_run": json.dumps({"settings": settings | {"lr": 0.5}, "data_fingerprint": "0"}),
+        "old_run": json.dumps({"settings": older, "data_fingerprint": "0"}),
         "damaged_run": '{"settings": ',
         "list_run": "[]",
         "empty_run": "{}",

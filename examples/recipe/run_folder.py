@@ -16,6 +16,7 @@ from modeling_coe.command_line import (
     InputError,
     check_folder,
     check_range,
+    default_values,
     make_folder,
     option,
 )
@@ -77,8 +78,10 @@ def check_output_dir(settings: JobSettings) -> None:
                 f"--resume: --output-dir {settings.output_dir} holds no run. Leave --resume out to start one."
             )
         return
-    given = computing(settings)
-    for name, old in read_run(settings.output_dir)["settings"].items():
+    given, begun = computing(settings), read_run(settings.output_dir)["settings"]
+    # A run from before there was an option did what the option does by default.
+    added = {name: value for name, value in default_values(type(settings)).items() if name in given.keys() - begun}
+    for name, old in (begun | added).items():
         if name not in REPORT_SETTINGS and given.get(name) != old:
             raise InputError(
                 f"{option(name)} is {given.get(name)!r}, but the run in {settings.output_dir} has {old!r}. Resume "
