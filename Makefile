@@ -12,7 +12,8 @@ RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs bal
 	checkpoint configuration conversion cpu_kernels distributed experts finetuning generation lora names package packing \
 	quantization reference releases remote_code seams serving sources trainer_checkpoints training transformers)
 
-.PHONY: demo test test-oldest test-today vllm serve-test quality style benchmarks gpu gpu-wheels evidence clean
+.PHONY: demo test test-oldest test-today vllm serve-test quality style benchmarks gpu gpu-wheels evidence clean \
+	environments
 
 # As many processes as there are cores: with more threads they would wait for each other.
 test test-oldest serve-test: export OMP_NUM_THREADS ?= 1
@@ -78,6 +79,9 @@ evidence: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-today $(VENV)-vllm
+
+# Installing keeps one core busy: `make --jobs 2 environments` makes two at once.
+environments: $(INSTALLED) $(VENV)-oldest/.installed $(VENV)-vllm/.installed
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt

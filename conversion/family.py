@@ -173,11 +173,13 @@ class Family:
     def dropped(self, key: str, config: PreTrainedConfig) -> str | None:
         """Why a tensor of the source is left out, `None` where it is not."""
         for pattern, reason in (_DROPPED_KEYS | self.dropped_keys).items():
-            match = re.search(pattern, key)
-            # A group, where there is one, is a layer: those that predict further tokens follow on the model's own.
-            extra = range(getattr(config, "num_nextn_predict_layers", None) or 0)
-            if match and (not match.groups() or int(match[1]) - config.num_hidden_layers in extra):
-                return reason
+            if match := re.search(pattern, key):
+                if not match.groups():
+                    return reason
+                # The group is a layer: those that predict further tokens follow on the model's own.
+                further_layers = range(getattr(config, "num_nextn_predict_layers", None) or 0)
+                if int(match[1]) - config.num_hidden_layers in further_layers:
+                    return reason
         return None
 
     def chain_fields(

@@ -61,35 +61,40 @@ def compare(parallel, single, shares_batch: bool) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--backends", nargs="+", required=True)
-    parser.add_argument("--save", type=Path, required=True)
-    args = parser.parse_args()
-
-    layout = LAYOUTS[args.layout]
-    parallel = AutoModelForCausalLM.from_pretrained(args.model, distributed_config=DistributedConfig(**layout))
-    single = AutoModelForCausalLM.from_pretrained(args.model)
-    for backend in args.backends:
+def check(folder: Path, layout: dict[str, int], backends: list[str]) -> None:
+    """A saved model by every implementation of the experts, then saved by the parallel one."""
+    parallel = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**layout))
+    single = AutoModelForCausalLM.from_pretrained(folder)
+    for backend in backends:
         for model in (parallel, single):
             model.set_experts_implementation(backend)
             model.zero_grad()
         compare(parallel, single, shares_batch="tp_size" in layout)
 
-    parallel.save_pretrained(args.save, is_main_process=dist.get_rank() == 0)
-    reloaded = AutoModelForCausalLM.from_pretrained(args.save)  # on every rank, at once
+    saved = folder / "saved"
+    parallel.save_pretrained(saved, is_main_process=dist.get_rank() == 0)
+    reloaded = AutoModelForCausalLM.from_pretrained(saved)  # on every rank, at once
     for name, tensor in single.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor), name
-    assert {file.stem for file in args.save.glob("*.py")} == {
+    assert {file.stem for file in saved.glob("*.py")} == {
         *("modeling_coe", "configuration_coe", "adapters", "attention", "backbones", "balancing", "checkpoint"),
         *("cpu_kernels", "cpu_memory", "experts", "grouped_experts", "quantization", "quantized_linear"),
         *("quantized_weights", "releases", "staging", "state_dict"),
     }
     assert reloaded.config.auto_map["AutoModelForCausalLM"] == "modeling_coe.CoeForCausalLM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--backends", nargs="+", required=True)
+    args = parser.parse_args()
+    for folder in args.models:
+        check(folder, LAYOUTS[args.layout], args.backends)
     if dist.get_rank() == 0:
-        print(json.dumps({"layout": args.layout, "backends": args.backends}))
+        models = [folder.name for folder in args.models]
+        print(json.dumps({"models": models, "layout": args.layout, "backends": args.backends}))
     leave_process_group()
 
 

@@ -11,33 +11,32 @@ from transformers import distributed
 from .helpers import EXPERTS_BACKENDS, run_isolated, tiny_model, torchrun
 
 
-def run_layout(folder: Path, layout: str, backends: tuple[str, ...]) -> subprocess.CompletedProcess:
-    paths = ("--model", folder / "model", "--save", folder / "saved")
-    return torchrun("tests.distributed_worker", *paths, "--layout", layout, "--backends", *backends)
+def run_layout(models: list[Path], layout: str, backends: tuple[str, ...]) -> subprocess.CompletedProcess:
+    return torchrun("tests.distributed_worker", "--models", *models, "--layout", layout, "--backends", *backends)
 
 
 STABILISED = {"iteration_norm": True, "branch_norm": True, "residual_scale": 2.0, "reinject": 0.5}
+VARIANTS = {"plain": {}, "stabilised": {"prenorm_residual": True, **STABILISED}}
 
 
-@pytest.mark.parametrize("fields", [{}, {"prenorm_residual": True, **STABILISED}], ids=["plain", "stabilised"])
 @pytest.mark.parametrize("layout", ["tensor parallel", "expert parallel", "sharded data and expert parallel"])
-def test_equals_one_process(tmp_path, layout, fields):
+def test_equals_one_process(tmp_path, layout):
     # Equal lengths, so that the mean of two half batches is the mean of the batch; large aux loss, so that it counts.
     # The vocabulary is split over the ranks.
-    fields = {"aux_loss_alpha": 0.5, "inner_iter": 2, "first_k_dense_replace": 1, "vocab_size": 100, **fields}
-    model = tiny_model(num_hidden_layers=3, **fields)
-    model.save_pretrained(tmp_path / "model")
-    run = run_layout(tmp_path, layout, EXPERTS_BACKENDS)
+    fields = {"aux_loss_alpha": 0.5, "inner_iter": 2, "first_k_dense_replace": 1, "vocab_size": 100}
+    for name, variant in VARIANTS.items():
+        tiny_model(num_hidden_layers=3, **fields, **variant).save_pretrained(tmp_path / name)
+    run = run_layout([tmp_path / name for name in VARIANTS], layout, EXPERTS_BACKENDS)
     if "requires `ep_size=tp_size`" in run.stderr:
         pytest.skip("before 5.20, transformers has expert parallel beside tensor parallel only")
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-    assert report == {"layout": layout, "backends": list(EXPERTS_BACKENDS)}
+    assert report == {"models": list(VARIANTS), "layout": layout, "backends": list(EXPERTS_BACKENDS)}
 
 
 def test_experts_that_do_not_divide_are_refused(tmp_path):
     tiny_model(n_routed_experts=7, vocab_size=100).save_pretrained(tmp_path / "model")
-    run = run_layout(tmp_path, "expert parallel", ("grouped_mm",))
+    run = run_layout([tmp_path / "model"], "expert parallel", ("grouped_mm",))
     assert run.returncode != 0
     assert "`n_routed_experts=7` does not divide over `ep_size=2`. Set an `ep_size`" in run.stderr, run.stderr
 
