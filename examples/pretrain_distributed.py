@@ -41,7 +41,7 @@ import recipe.openmp  # noqa: F401  before torch
 # isort: split
 import torch
 import torch.distributed as dist
-from recipe.corpus import load_tokenizer, train_tokenizer
+from recipe.corpus import load_tokenizer, pack_held_out, train_tokenizer
 from recipe.distributed import (
     LayoutSettings,
     Processes,
@@ -73,7 +73,6 @@ from recipe.stream import (
     check_stream_options,
     held_out_texts,
     open_rows,
-    pack_texts,
     training_texts,
 )
 from recipe.training import WHOLE_MODEL
@@ -200,21 +199,6 @@ def choose_tokenizer(settings: ComputedSettings, config: CoeConfig) -> PreTraine
     return tokenizer
 
 
-def pack_held_out(settings: ComputedSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Blocks (blocks, block_size) of each held-out split."""
-    texts = held_out_texts(settings, settings.seed)
-    held_out = {
-        split: pack_texts(texts[split], tokenizer, settings.block_size, settings.eval_blocks) for split in texts
-    }
-    for split, blocks in held_out.items():
-        if len(blocks) == 0:
-            raise InputError(
-                f"The held-out split {split!r} does not fill one block of --block-size {settings.block_size} tokens. "
-                "Hold out more, or choose smaller blocks."
-            )
-    return held_out
-
-
 class Inputs(NamedTuple):
     """What a run reads, and how its processes share it."""
 
@@ -249,11 +233,11 @@ def open_inputs(settings: DistributedSettings, processes: Processes) -> Inputs:
             is_resumed = is_resumable(run)
             if not is_resumed:
                 tokenizer = choose_tokenizer(run, config)
-                start_run(run, tokenizer, fingerprint_of(pack_held_out(run, tokenizer)))
+                start_run(run, tokenizer, fingerprint_of(pack_held_out(held_out_texts(run, run.seed), tokenizer, run)))
     is_resumed = processes.gather(is_resumed)[0]
     with processes.together():
         tokenizer = load_tokenizer(settings.output_dir / "tokenizer", "--output-dir")
-        held_out = pack_held_out(run, tokenizer)
+        held_out = pack_held_out(held_out_texts(run, run.seed), tokenizer, run)
         if processes.is_first and is_resumed:
             check_fingerprint(run, fingerprint_of(held_out))
         rows = rows_of(processes.rank, layout, settings.batch_size)

@@ -18,7 +18,7 @@ import recipe.openmp  # noqa: F401  before torch
 
 
 # isort: split
-from recipe.corpus import check_data_options, load_corpus, load_tokenizer, pack
+from recipe.corpus import check_data_options, load_corpus, load_tokenizer, pack_held_out
 from recipe.run_folder import write_json
 from recipe.settings import BlockSettings, DataSettings
 from recipe.training import given_config, given_model
@@ -72,12 +72,7 @@ def draw(settings: RoutingSettings) -> None:
             "another. Give a chain."
         )
     split, examples = next(iter(load_corpus(settings, settings.seed).held_out.items()))
-    blocks = pack(examples, tokenizer, settings.block_size, settings.eval_blocks)
-    if len(blocks) == 0:
-        raise InputError(
-            f"The split {split!r} does not fill one block of --block-size {settings.block_size} tokens. Choose "
-            "smaller blocks, or give more data."
-        )
+    blocks = pack_held_out({split: examples}, tokenizer, settings)[split]
     set_seed(settings.seed)
     models = {"untrained": CoeForCausalLM(config), "trained": given_model(settings.model, config)}
     make_folder("output_dir", settings.output_dir)

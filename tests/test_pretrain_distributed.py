@@ -316,7 +316,7 @@ def test_bad_input_of_one_of_many_processes(shape, one, tmp_path):
     tokenizer = ("--tokenizer", str(one / "tokenizer"))
     exit_codes, run = workers(2, *arguments(shape, tmp_path / "out", *data, *tokenizer))
     assert exit_codes == [1, 1]
-    assert run.stderr.count("error: ") == 1 and "bad.jsonl has no text as 'answer'" in run.stderr, run.stderr
+    assert run.stderr.count("error: ") == 1 and "bad.jsonl has no 'answer' in a row" in run.stderr, run.stderr
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_texts_of_one_column(tmp_path, tokenizer):
     settings = file_settings(tmp_path, 3)
     settings = pretrain_distributed.ComputedSettings(**{**vars(settings), "text_column": "question"})
     texts = stream.training_texts(settings, 0)
-    tokens = [token for text in texts for token in stream.encode(tokenizer, text)]
+    tokens = [token for text in texts for token in stream.encode(tokenizer, [text])[0]]
     assert tokenizer.decode(tokens) == "0?</s>1?</s>2?</s>"
 
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The CoE Transformers authors. SPDX-License-Identifier: Apache-2.0
 """Pairs of a prompt and an answer: where they come from, their tokenizer, and blocks of their tokens."""
 
+import copy
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import datasets
 import torch
-from datasets import load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from tasks.question_answer import FILE_FORMATS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,15 +20,16 @@ from modeling_coe.command_line import InputError, check_range, loading, one_line
 
 from .arithmetic import Problems
 from .run_folder import is_resumable, short_hash
-from .settings import BlockJobSettings, DataSettings, JobSettings
+from .settings import BlockJobSettings, BlockSettings, DataSettings, JobSettings
 
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 TOKENIZER_EXAMPLES = 10_000  # more text does not change a small vocabulary
+PROMPT_AND_ANSWER = ("prompt_column", "answer_column")  # settings that name columns
 
 
 class Example(NamedTuple):
-    """One training text: a prompt and how to continue it."""
+    """One training text: a prompt, which may be empty, and how to continue it."""
 
     prompt: str
     answer: str
@@ -93,8 +94,11 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
     return Corpus(read_examples("data", train, settings), {"held_out": read_examples("eval_data", held_out, settings)})
 
 
-def open_dataset(name: str, source: str, config: str | None, split: str) -> datasets.Dataset:
-    """Opens what the option `name` asks for: a file or folder where one exists, else a data set of the Hub."""
+def open_dataset(
+    name: str, source: str, config: str | None, split: str, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Opens what the option `name` asks for: a file or folder where one exists, else a data set of the Hub. Of one to
+    be streamed, the first row alone is read."""
     path = Path(source)
     if path.suffix in FILE_FORMATS and not path.exists():
         raise InputError(f"{option(name)} {source} does not exist. Give an existing file, or the name of a data set.")
@@ -104,45 +108,61 @@ def open_dataset(name: str, source: str, config: str | None, split: str) -> data
         raise InputError(f"{option(name)} {source} is empty. Give a file with rows.")
     try:
         if path.is_file():
-            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+            file = {"path": FILE_FORMATS[path.suffix], "data_files": str(path), "split": "train"}
+            dataset = load_dataset(**file, streaming=streaming)
         else:
-            dataset = load_dataset(source, config, split=split)
+            dataset = load_dataset(source, config, split=split, streaming=streaming)
+        # A copy of a stream, which knows one position.
+        is_empty = next(iter(copy.deepcopy(dataset)), None) is None if streaming else len(dataset) == 0
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
             f"{option(name)} {source} (split {split!r}, configuration {config!r}) cannot be read: {one_line(error)} "
             f"Give a readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
         ) from error
-    if len(dataset) == 0:
+    if is_empty:
         raise InputError(f"{option(name)} {source} has no rows. Give data with rows.")
     return dataset
 
 
-def read_examples(name: str, dataset: datasets.Dataset, settings: DataSettings) -> list[Example]:
+def read_examples(name: str, dataset: Dataset, settings: DataSettings) -> list[Example]:
     """The prompts and answers of a data set."""
     source = f"{option(name)} {getattr(settings, name)}"
-    for column_option in ("prompt_column", "answer_column"):
-        column = getattr(settings, column_option)
-        if column not in dataset.column_names:
-            raise InputError(
-                f"{option(column_option)} is {column!r}, but {source} has the columns "
-                f"{', '.join(dataset.column_names)}. Choose one of them."
-            )
+    check_columns(source, dataset.column_names, settings, PROMPT_AND_ANSWER)
+    names = [getattr(settings, each) for each in PROMPT_AND_ANSWER]
     try:
-        columns = [list(dataset[column]) for column in (settings.prompt_column, settings.answer_column)]
+        columns = [list(dataset[column]) for column in names]
     except UnicodeDecodeError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)} Give a file in UTF-8.") from error
-    examples = []
-    for row, (prompt, answer) in enumerate(zip(*columns, strict=True)):
-        for column, value in ((settings.prompt_column, prompt), (settings.answer_column, answer)):
-            if value is None or value == "":
-                raise InputError(f"{source} has no {column!r} in row {row}: {value!r}. Remove or fill this row.")
-            if not isinstance(value, str | int | float):
-                raise InputError(
-                    f"{source} has a {type(value).__name__} as {column!r} in row {row}: {reprlib.repr(value)}. "
-                    "Choose a column of texts, or join its parts."
-                )
-        examples.append(Example(str(prompt), str(answer)))
-    return examples
+    texts = (
+        [read_text(value, source, column, f"row {row}") for row, value in enumerate(values)]
+        for column, values in zip(names, columns, strict=True)
+    )
+    return [Example(prompt, answer) for prompt, answer in zip(*texts, strict=True)]
+
+
+def check_columns(source: str, columns: Collection[str], settings: DataSettings, chosen: Iterable[str]) -> None:
+    """Raises [`InputError`] where `source` does not have the columns that settings name."""
+    for name in chosen:
+        if (column := getattr(settings, name)) not in columns:
+            raise InputError(
+                f"{option(name)} is {column!r}, but {source} has the columns {', '.join(columns)}. Choose one of them."
+            )
+
+
+def read_text(value: Any, source: str, column: str, row: str) -> str:
+    """What a row has in a column.
+
+    Raises:
+        InputError: It is nothing, or no text.
+    """
+    if value is None or value == "":
+        raise InputError(f"{source} has no {column!r} in {row}: {value!r}. Remove or fill this row.")
+    if not isinstance(value, str | int | float):
+        raise InputError(
+            f"{source} has a {type(value).__name__} as {column!r} in {row}: {reprlib.repr(value)}. "
+            "Choose a column of texts, or join its parts."
+        )
+    return str(value)
 
 
 def train_tokenizer(examples: Iterable[Example], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -219,12 +239,21 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) 
     return tokenizer([f"{example.prompt}\n" for example in examples], add_special_tokens=False)["input_ids"]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
+    """The tokens of training texts, each with its end-of-sequence token. Prompt and answer are tokenised apart, so
+    that a prompt alone has the same tokens when the model solves it; where there is none, the answer is the text."""
+    prompts = encode_prompts(tokenizer, examples)
+    answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+    return [
+        [*(prompt if example.prompt else []), *answer, tokenizer.eos_token_id]
+        for example, prompt, answer in zip(examples, prompts, answers, strict=True)
+    ]
+
+
 def pack(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int
 ) -> torch.Tensor:
     """Joins texts by the end-of-sequence token and cuts them into blocks; what does not fill a block is dropped.
-
-    Prompt and answer are tokenised apart, so that a prompt alone has the same tokens when the model solves it.
 
     Args:
         examples (`Iterable[Example]`): Texts, as many as are needed of them in their order.
@@ -237,12 +266,32 @@ def pack(
     """
     tokens: list[int] = []
     examples = iter(examples)
-    while len(tokens) < max_blocks * block_size and (batch := list(islice(examples, 1000))):
-        answers = tokenizer([example.answer for example in batch], add_special_tokens=False)["input_ids"]
-        for prompt, answer in zip(encode_prompts(tokenizer, batch), answers, strict=True):
-            tokens += [*prompt, *answer, tokenizer.eos_token_id]
+    while len(tokens) < max_blocks * block_size and (batch := list(islice(examples, 100))):
+        for text in encode(tokenizer, batch):
+            tokens += text
     num_blocks = min(len(tokens) // block_size, max_blocks)
-    return torch.tensor(tokens[: num_blocks * block_size]).view(num_blocks, block_size)
+    return torch.tensor(tokens[: num_blocks * block_size], dtype=torch.int64).view(num_blocks, block_size)
+
+
+def pack_held_out(
+    held_out: dict[str, Iterable[Example]], tokenizer: PreTrainedTokenizerBase, settings: BlockSettings
+) -> dict[str, torch.Tensor]:
+    """The first `eval_blocks` blocks (blocks, block_size) of each split, fewer where its texts end before.
+
+    Raises:
+        InputError: A split does not fill one.
+    """
+    packed = {
+        split: pack(examples, tokenizer, settings.block_size, settings.eval_blocks)
+        for split, examples in held_out.items()
+    }
+    for split, blocks in packed.items():
+        if len(blocks) == 0:
+            raise InputError(
+                f"The held-out split {split!r} does not fill one block of --block-size {settings.block_size} tokens. "
+                "Choose smaller blocks, or hold out more (--eval-data, --eval-fraction)."
+            )
+    return packed
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -274,18 +323,7 @@ def pack_corpus(
             f"than the --batch-size {settings.batch_size} of one step. Give more data, or choose smaller blocks "
             "or batches."
         )
-    held_out = {
-        split: pack(examples, tokenizer, settings.block_size, settings.eval_blocks)
-        for split, examples in corpus.held_out.items()
-    }
-    for split, blocks in held_out.items():
-        if len(blocks) == 0:
-            raise InputError(
-                f"The held-out split {split!r} does not fill one block of --block-size {settings.block_size} "
-                f"tokens. Hold out more (--eval-fraction {settings.eval_fraction}, --eval-data {settings.eval_data}), "
-                "or choose smaller blocks."
-            )
-    return train[: train_batches * settings.batch_size], held_out
+    return train[: train_batches * settings.batch_size], pack_held_out(corpus.held_out, tokenizer, settings)
 
 
 def fingerprint_of(train: torch.Tensor, held_out: dict[str, torch.Tensor]) -> str:

@@ -10,20 +10,25 @@ position of the stream is that of its rows: where each is in its texts, and the 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from datasets.exceptions import DatasetsError
-from tasks.question_answer import FILE_FORMATS
 from transformers import PreTrainedTokenizerBase
 
-from modeling_coe.command_line import InputError, one_line, setting
+from modeling_coe.command_line import InputError, option, setting
 
 from .arithmetic import Problems
-from .corpus import Example, check_data_options, encode_prompts, is_file
+from .corpus import (
+    PROMPT_AND_ANSWER,
+    Example,
+    check_columns,
+    check_data_options,
+    encode,
+    open_dataset,
+    read_text,
+)
 from .settings import DataSettings
 
 
@@ -117,7 +122,7 @@ class DatasetTexts:
 
 
 def open_stream(name: str, settings: StreamedDataSettings) -> IterableDataset:
-    """Opens the data set that `--data` or `--eval-data` names, without reading its texts.
+    """Opens the data set that `--data` or `--eval-data` names, without reading more than its first text.
 
     Args:
         name (`str`): `"data"` or `"eval_data"`.
@@ -126,28 +131,9 @@ def open_stream(name: str, settings: StreamedDataSettings) -> IterableDataset:
     Raises:
         InputError: There is none, or it cannot be read, is empty or has other columns.
     """
-    source = getattr(settings, name)
     split = settings.train_split if name == "data" else settings.eval_split
-    what = f"--{name.replace('_', '-')} {source}"
-    if Path(source).suffix in FILE_FORMATS and not Path(source).exists():
-        raise InputError(f"{what} does not exist. Give an existing file, or the name of a data set.")
-    if is_file(source) and Path(source).suffix not in FILE_FORMATS:
-        raise InputError(f"{what} is no {', '.join(FILE_FORMATS)} file. Convert it to one of them.")
-    try:
-        if is_file(source):
-            files = {"path": FILE_FORMATS[Path(source).suffix], "data_files": str(source), "split": "train"}
-            dataset = load_dataset(**files, streaming=True)
-        else:
-            dataset = load_dataset(source, settings.data_config, split=split, streaming=True)
-        first = next(iter(copy.deepcopy(dataset)), None)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise InputError(
-            f"{what} (split {split!r}, configuration {settings.data_config!r}) cannot be read: {one_line(error)} Give "
-            f"a readable {', '.join(FILE_FORMATS)} file, a folder, or a data set that can be reached."
-        ) from error
-    if first is None:
-        raise InputError(f"{what} has no rows. Give data with rows.")
-    read_example(first, name, settings)
+    dataset = open_dataset(name, getattr(settings, name), settings.data_config, split, streaming=True)
+    read_example(next(iter(copy.deepcopy(dataset))), name, settings)
     return dataset
 
 
@@ -157,22 +143,11 @@ def read_example(record: dict[str, Any], name: str, settings: StreamedDataSettin
     Raises:
         InputError: A column is missing, or is empty or no text here.
     """
-    is_text = settings.text_column is not None
-    columns = [settings.text_column] if is_text else [settings.prompt_column, settings.answer_column]
-    for column in columns:
-        value = record.get(column)
-        if not isinstance(value, str | int | float) or value == "":
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(settings, name)} has no text as {column!r} in a record with the "
-                f"columns {', '.join(record)}: {value!r:.100}. Choose other columns, or fill it."
-            )
-    return Example(*(["", str(record[columns[0]])] if is_text else [str(record[column]) for column in columns]))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """The tokens of a text with its end-of-sequence token, those of a prompt as it has them alone."""
-    prompt = encode_prompts(tokenizer, [example])[0] if example.prompt else []
-    return [*prompt, *tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    source = f"{option(name)} {getattr(settings, name)}"
+    chosen = PROMPT_AND_ANSWER if settings.text_column is None else ("text_column",)
+    check_columns(source, record, settings, chosen)
+    texts = [read_text(record[column], source, column, "a row") for column in (getattr(settings, c) for c in chosen)]
+    return Example(*texts) if settings.text_column is None else Example("", *texts)
 
 
 class Row:
@@ -185,7 +160,7 @@ class Row:
 
     def next_block(self) -> list[int]:
         while len(self.tokens) < self.block_size:
-            self.tokens += encode(self.tokenizer, next(self.examples))
+            self.tokens += encode(self.tokenizer, [next(self.examples)])[0]
         block, self.tokens = self.tokens[: self.block_size], self.tokens[self.block_size :]
         return block
 
@@ -265,14 +240,3 @@ def held_out_texts(settings: StreamedDataSettings, seed: int) -> dict[str, Itera
         return {split: iter(ArithmeticTexts(seed, split, 0, 1)) for split in ("numbers", "templates")}
     dataset = open_stream("eval_data", settings)
     return {"held_out": (read_example(record, "eval_data", settings) for record in dataset)}
-
-
-def pack_texts(
-    texts: Iterator[Example], tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int
-) -> torch.Tensor:
-    """The first blocks of texts, (blocks, block_size); fewer than `max_blocks` where the texts end before."""
-    tokens: list[int] = []
-    while len(tokens) < max_blocks * block_size and (example := next(texts, None)) is not None:
-        tokens += encode(tokenizer, example)
-    num_blocks = min(len(tokens) // block_size, max_blocks)
-    return torch.tensor(tokens[: num_blocks * block_size], dtype=torch.int64).view(num_blocks, block_size)
