@@ -59,6 +59,16 @@ def paired_difference(pairs: list[tuple[float, float]]) -> Estimate | None:
     return estimate([loss - against for loss, against in pairs])
 
 
+def difference_of_means(values: list[float], others: list[float]) -> Estimate | None:
+    """The first's mean less the second's, of values that are not paired, with the interval of Welch's t; `None` where
+    there are not two of each."""
+    count = min(len(values), len(others))
+    if count < 2:
+        return None
+    low, high = stats.ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    return Estimate(statistics.fmean(values) - statistics.fmean(others), (high - low) / 2, count)
+
+
 def standard_error(values: list[float]) -> float | None:
     """Of the mean; `None` for a single value."""
     return float(stats.sem(values)) if len(values) > 1 else None
@@ -227,6 +237,11 @@ class Finding:
         """The difference as a share of the second's loss."""
         losses = self.losses[measure]
         return None if losses is None else self.differences[measure] / losses[1]
+
+    def shares(self, measure: str = "steps") -> list[float]:
+        """What `relative` is the mean of, seed by seed."""
+        losses = self.losses[measure]
+        return [(loss - against) / losses[1] for loss, against in self.pairs[measure]]
 
     def verdict(self, measure: str = "steps") -> str:
         if self.diverged:

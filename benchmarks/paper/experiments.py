@@ -236,6 +236,11 @@ class Experiment:
         arms = (arm for contrast in self.contrasts for arm in (contrast.against, contrast.arm))
         return list(dict.fromkeys(arms))
 
+    @property
+    def chain_contrasts(self) -> list[Contrast]:
+        """Those of a chain with a mixture."""
+        return [each for each in self.contrasts if each.arm.iterations != each.against.iterations]
+
 
 def for_both(contrasts: Callable[[str], Iterable[Contrast]]) -> tuple[Contrast, ...]:
     """The same contrasts under the official rule and as a pre-norm chain."""

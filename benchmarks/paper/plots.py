@@ -223,17 +223,16 @@ def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path:
         ("million tokens", {rung: at for rung, at in million_tokens.items() if width[rung] == narrowest}),
         ("width", {rung: at for rung, at in width.items() if million_tokens[rung] == shortest}),
     )
-    contrasts = [each for each in experiment.contrasts if each.arm.iterations != each.against.iterations]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     is_empty = True
     for axes, (unit, places) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        for index, contrast in enumerate(contrasts):
+        for index, contrast in enumerate(experiment.chain_contrasts):
             shares = [(at, rung.compare(contrast).relative()) for rung, at in places.items()]
             shares = [(at, share) for at, share in shares if share is not None and share.count > 1]
             is_empty &= not shares
             axes.errorbar(
                 # Side by side where intervals would cover each other.
-                [at * 1.03 ** (index - (len(contrasts) - 1) / 2) for at, _ in shares],
+                [at * 1.03 ** (index - (len(experiment.chain_contrasts) - 1) / 2) for at, _ in shares],
                 [100 * share.mean for _, share in shares],
                 yerr=[100 * share.half for _, share in shares],
                 fmt="o-",

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import markdown
 from benchmarks.paper import analysis, power, results
 from benchmarks.paper.analysis import (
+    CANNOT_TELL,
     MEASURES,
     Curve,
     Estimate,
@@ -324,6 +325,7 @@ def ladder(folder: Path, root: Path) -> list[str]:
         ]
         data = data_of(next(iter(evidences.values())), experiment)
         lines += [f"On {data}:", "", *table(("difference", *sizes), differences)]
+        lines += changes(list(evidences.values()), sizes, experiment)
         image = folder / f"{name}.png"
         if plot_ladder(list(evidences.values()), experiment, f"{experiment.title} ({data})", image):
             lines += [f"![{experiment.title}]({os.path.relpath(image, root)})", ""]
@@ -348,6 +350,31 @@ def rung_difference(evidence: Evidence, experiment: Experiment, contrast: Contra
     if (difference := finding.differences["steps"]) is None:
         return "not run"
     return f"{percent(finding.relative())} ({pairs_of(experiment, difference)})"
+
+
+def changes(evidences: list[Evidence], sizes: list[str], experiment: Experiment) -> list[str]:
+    """Whether what chains differ from mixtures by is another at larger rungs than at the first."""
+    rows = []
+    for contrast in experiment.chain_contrasts:
+        first, *others = (evidence.compare(contrast).shares() for evidence in evidences)
+        estimates = [analysis.difference_of_means(shares, first) for shares in others]
+        if any(estimates):
+            rows.append([contrast.label, *map(change, estimates)])
+    if not rows:
+        return []
+    return [
+        f"By how many points these differences are others than at {sizes[0]}, with the 95 % interval of Welch's t. "
+        "Where it lies below zero, the chain gains on the mixture:",
+        "",
+        *table(("difference", *sizes[1:]), rows),
+    ]
+
+
+def change(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    word = "gains" if estimate.high < 0 else "loses" if estimate.low > 0 else CANNOT_TELL
+    return f"{with_interval(estimate / 0.01, digits=1)}, {word}"
 
 
 def share_solved(evidence: Evidence, arm: Arm) -> str:
