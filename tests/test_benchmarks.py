@@ -295,21 +295,26 @@ def test_dense_sources(tmp_path, capsys):
     assert results["routers"]["zero"]["dead"] == [0.75] * 4
 
 
+def check_adapters(rows: list[dict], tasks: set[str]) -> None:
+    """Every way of training has its figures, and full fine-tuning takes as long as itself."""
+    module = importlib.import_module("benchmarks.adapters")
+    for task in tasks:
+        found = {row["model"]: row for row in rows if row["task"] == task}
+        assert tuple(found) == module.MODELS and found[module.ALL]["ratio"]["median"] == 1
+        for row in found.values():
+            ratios = [one / all for one, all in zip(row["samples"], found[module.ALL]["samples"], strict=True)]
+            assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
+
+
 def test_adapters(tmp_path, capsys):
-    """Every way of training has its figures, and full fine-tuning takes as long as itself. Memory, for which every
-    model has a process of its own, is measured in `test_gpu.py`."""
+    """Memory, for which every model has a process of its own, is measured in `test_gpu.py`."""
     pytest.importorskip("peft")
     module = importlib.import_module("benchmarks.adapters")
-    tasks = ("train_step", "decode")
+    tasks = {"train_step", "decode"}
     results = module.main(["--size", "tiny", "--quick", "--output", str(tmp_path), "--tasks", *tasks])
     assert json.loads((tmp_path / "adapters-tiny.json").read_text())["rows"] == results["rows"]
     assert capsys.readouterr().out == (tmp_path / "adapters-tiny.md").read_text() + "\n"
-    for task in tasks:
-        rows = {row["model"]: row for row in results["rows"] if row["task"] == task}
-        assert tuple(rows) == module.MODELS and rows[module.ALL]["ratio"]["median"] == 1
-        for row in rows.values():
-            ratios = [one / all for one, all in zip(row["samples"], rows[module.ALL]["samples"], strict=True)]
-            assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
+    check_adapters(results["rows"], tasks)
 
 
 def test_quantized(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import gpu
 
 from .helpers import ROOT
+from .test_benchmarks import check_adapters
 
 
 pytest.importorskip("stk", reason="stanford-stk is not installed")
@@ -55,6 +56,9 @@ def test_a_step(name, tmp_path, capsys):
         implementations = {row["implementation"] for row in results["comparisons"]}
         assert implementations == {"grouped_mm", "batched_mm", "megablocks"}
         assert len(results["notes"]) == 2 and "rows per expert on." in results["notes"][0]
+    if name == "adapters":
+        results = json.loads((output / "adapters-tiny.json").read_text())
+        check_adapters(results["rows"], set(results["settings"]["tasks"]) - results["skipped"].keys())
     for path in output.glob("*-tiny*.json"):
         results = json.loads(path.read_text())
         rows = results.get("comparisons") or results["rows"]
