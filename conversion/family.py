@@ -6,8 +6,9 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -303,9 +304,14 @@ def _default(config: PreTrainedConfig, name: str) -> Any:
     return None if declared.default_factory is dataclasses.MISSING else declared.default_factory()
 
 
-def _rename(key: str, pairs) -> str:
+def _rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
     for old, new in pairs:
-        pattern = r"(?<![^.])" + re.escape(old).replace(r"\*", r"(\d+)") + "$"
-        if re.search(pattern, key):
-            return re.sub(pattern, new.replace("*", r"\1"), key)
+        if (pattern := _end_of_key(old)).search(key):
+            return pattern.sub(new.replace("*", r"\1"), key)
     return key
+
+
+@cache
+def _end_of_key(name: str) -> re.Pattern:
+    """Of a key's last parts, where `*` is a number."""
+    return re.compile(r"(?<![^.])" + re.escape(name).replace(r"\*", r"(\d+)") + "$")
