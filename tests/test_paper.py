@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from benchmarks.paper.experiments import (
     PRENORM,
     RENORM,
     RULES,
+    SERIES,
     STABILISED,
     Arm,
     Contrast,
@@ -271,6 +272,21 @@ class TestTable:
         assert [made.lr for made in tuning_runs(scale, [arm], known)] == [1e-3, 4e-3, 8e-3, 1.6e-2]
         assert runs.learning_rate(scale, known, arm) == 8e-3
         assert plan(scale, known)[0]["learning_rate"] == []
+
+    def test_a_single_rate_is_not_tuned(self):
+        scale = SCALES["more-iterations"]
+        stages, complete = plan(scale, {})
+        made = stages["more_iterations"]
+        assert complete and stages["learning_rate"] == [] and {each.lr for each in made} == {8e-3}
+        assert {each.seed for each in made} == set(range(6, 16)) and len(made) == 9 * 10
+        assert {each.settings["data_set"] for each in made} == {"arithmetic"}
+        assert {each.arm.iterations * (each.arm.top_k + 1) for each in made} == {12}
+        # Seeds that no run of `stabilised` has.
+        known = {
+            each.seed for stage in plan(SCALES["stabilised"], {}, assumed_rate=8e-3)[0].values() for each in stage
+        }
+        assert not known & {each.seed for each in made}
+        assert report.learning_rates(Evidence(scale, {}))[0] == "0.008 for all models; nothing is tuned here."
 
     @pytest.mark.parametrize("peak, wanted", [(1e-3, 1e-3), (3e-4, 2.5e-4), (8e-3, 8e-3)])
     def test_a_common_grid_grows_too_and_the_plan_goes_on(self, peak, wanted):
@@ -936,6 +952,44 @@ class TestReport:
             id: entry for id, entry in known.items() if id not in {run["id"] for run in evidence.runs(normed).values()}
         }
         assert "have no runs" in "\n".join(report.stabilised_summary(Evidence(scale, without), tmp_path, tmp_path))
+
+    def test_whether_more_iterations_pay(self, tmp_path):
+        scale = SCALES["more-iterations"]
+        known = {}
+        for arms in SERIES.values():
+            # Lines through C = 1 with slopes -0.1 and -0.3, one seed each; on the other split they rise.
+            for arm, (seed, slope) in product(arms, ((6, -0.1), (7, -0.3))):
+                curves = [[[0, 6.0], [500, 1 + sign * slope * (arm.iterations - 1)]] for sign in (1, -1)]
+                made = line(Run(scale, arm, 8e-3, seed), curves[0])
+                made["held_out"] |= {"templates": curves[1][-1:]}
+                known[made["id"]] = made
+        plain = SERIES["plain"]
+        evidence = Evidence(scale, known)
+        trend = evidence.trend(plain, "numbers")
+        assert trend.losses == pytest.approx([1.0, 0.8, 0.6, 0.4]) and trend.seeds == 2
+        assert [each.mean for each in trend.differences] == pytest.approx([0.0, -0.2, -0.4, -0.6])
+        # Of a mean loss of 0.7; the interval of two values is t(1) = 12.706 times half of what they differ by.
+        assert trend.slope.mean == pytest.approx(-0.2 / 0.7) and trend.slope.half == pytest.approx(
+            12.706 * 0.1 / 0.7, 1e-4
+        )
+        assert trend.verdict == "cannot tell" and trend._replace(slope=Estimate(-0.2, 0.1, 2)).verdict == "holds"
+        text = "\n".join(report.more_iterations(evidence, tmp_path, tmp_path))
+        row = "| plain | arithmetic | numbers | 1.0000 | 0.8000 | 0.6000 | 0.4000 | - | -28.6 ± 181.5 % |"
+        assert f"{row} **cannot tell** | 2 |" in text
+        assert (
+            "| plain | arithmetic | templates | 1.0000 | 1.2000 | 1.4000 | 1.6000 | - | +15.4 ± 97.7 % | - | 2 |"
+            in text
+        )
+        assert "](iterations.png)" in text and (tmp_path / "iterations.png").stat().st_size > 10_000
+        # A seed that one of the models lacks does not count, and one that diverged does not either.
+        lacking = Run(scale, plain[1], 8e-3, 6).id
+        assert (
+            Evidence(scale, {id: each for id, each in known.items() if id != lacking}).trend(plain, "numbers").seeds
+            == 1
+        )
+        diverged = known[lacking] | {"held_out": {"numbers": [[0, 6.0], [500, None]]}}
+        assert Evidence(scale, known | {lacking: diverged}).trend(plain, "numbers").seeds == 1
+        assert report.more_iterations(Evidence(scale, {}), tmp_path, tmp_path)[0].startswith("No series")
 
     def test_arithmetic_of_the_paper(self):
         for arm, millions in report.PAPER_PARAMETERS.items():

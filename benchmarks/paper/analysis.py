@@ -2,7 +2,7 @@
 """What finished runs say: losses at equal steps, FLOPs and seconds, paired differences, and verdicts on claims."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -257,6 +257,20 @@ def paper_losses(arm: Arm, against: Arm) -> tuple[float, float] | None:
     return None if None in losses else losses
 
 
+class Trend(NamedTuple):
+    """What more iterations do to the loss, of models that cost the same."""
+
+    losses: list[float]  # means over seeds, model by model
+    differences: list[Estimate]  # from the first model, as shares of its loss
+    slope: Estimate  # by what share of the models' mean loss it changes with every further iteration
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """On the loss falling with every further iteration."""
+        return verdict(self.slope, 1.0, matches=False, paper=None)
+
+
 class Standing(NamedTuple):
     """A model beside its rivals."""
 
@@ -393,6 +407,28 @@ class Evidence:
             )
             for arm, step in sorted(steps.items(), key=lambda item: losses[item[0]])
         ]
+
+    def trend(self, arms: Sequence[Arm], split: str) -> Trend | None:
+        """What more iterations do to the loss on a split, by the seeds that all of the arms have; `None` without such
+        seeds. The slope is that of a line through the models of a seed, by least squares."""
+        found = [
+            {seed: loss for seed, run in self.runs(arm).items() if (loss := self.final(run, split)) is not None}
+            for arm in arms
+        ]
+        seeds = sorted(set.intersection(*map(set, found)))
+        if not seeds:
+            return None
+        losses = [[of_arm[seed] for of_arm in found] for seed in seeds]
+        means = list(map(statistics.fmean, zip(*losses, strict=True)))
+        differences = [[(loss - of_seed[0]) / means[0] for loss in of_seed] for of_seed in losses]
+        counts = [arm.iterations for arm in arms]
+        slopes = [statistics.linear_regression(counts, of_seed).slope for of_seed in losses]
+        return Trend(
+            means,
+            [estimate(list(of_arm)) for of_arm in zip(*differences, strict=True)],
+            estimate(slopes) / statistics.fmean(means),
+            len(seeds),
+        )
 
     def unequal_orders(self, contrasts: list[Contrast]) -> list[str]:
         """Pairs whose runs did not read the same tokens in the same order."""

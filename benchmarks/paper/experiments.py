@@ -508,6 +508,34 @@ NORMED_AND_SCALED = Experiment(
     "more. Six iterations of one expert were added when the grid, of one seed, showed more iterations to be better.",
 )
 SECOND_NORMED = NORMED_AND_SCALED.on_other_data
+# Models whose experts cost the same, by their number of iterations; a mixture has no norm of an iteration's own.
+SERIES = {
+    "plain": tuple(twelfths(iterations) for iterations in (1, 2, 3, 4)),
+    "norm and scale": tuple(twelfths(iterations, **NORM_AND_SCALE) for iterations in (1, 2, 3, 4, 6)),
+    "stabilised": tuple(twelfths(iterations, **STABILISED) for iterations in (1, 2, 3, 4)),
+}
+# What `more_iterations` is to show: of which series the loss falls with every further iteration, on which split.
+PREDICTIONS = (("plain", "numbers"), ("norm and scale", "templates"))
+
+
+def more_iterations() -> tuple[Contrast, ...]:
+    """Chains of two series against the mixtures that these begin with."""
+    claim = "CoE-4(2/64) reaches a lower loss than MoE(11/64)"
+    contrasts = []
+    for name in ("plain", "norm and scale"):
+        single, *chains = (replace(arm, own_lr=False) for arm in SERIES[name])
+        claims = {("plain", 4): claim}
+        contrasts += [Contrast(chain, single, claims.get((name, chain.iterations))) for chain in chains]
+    return tuple(contrasts)
+
+
+MORE_ITERATIONS = Experiment(
+    "more_iterations",
+    "More iterations for the same expert FLOPs, seeds that have not been seen",
+    more_iterations(),
+    "Experts cost the same in all models: C x (K + 1) = 12. What is asked, and why, is said above.",
+    seeds=10,
+)
 LADDER = Experiment(
     "ladder",
     "Figure 3a and a stabilised chain, at growing length and width",
@@ -547,6 +575,7 @@ EXPERIMENTS = {
         SECOND_STABILISED,
         NORMED_AND_SCALED,
         SECOND_NORMED,
+        MORE_ITERATIONS,
         LADDER,
         SECOND_LADDER,
     )

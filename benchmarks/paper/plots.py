@@ -10,8 +10,18 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.paper.analysis import Curve, Evidence, Standing, curve_of, standard_error
-from benchmarks.paper.experiments import OFFICIAL, PRENORM, Arm, Experiment, coe, dense, moe, under_official_rule
+from benchmarks.paper.analysis import Curve, Evidence, Standing, Trend, curve_of, standard_error
+from benchmarks.paper.experiments import (
+    OFFICIAL,
+    PRENORM,
+    SERIES,
+    Arm,
+    Experiment,
+    coe,
+    dense,
+    moe,
+    under_official_rule,
+)
 
 
 # The paper's curves: file and column of each arm.
@@ -158,6 +168,40 @@ def plot_standings(standings: Mapping[str, list[Standing]], path: Path) -> bool:
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
     left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def plot_trends(by_data: Mapping[tuple[str, str], Mapping[str, Trend]], path: Path) -> bool:
+    """What chains of growing length differ from the mixture of their series by, with the intervals, a panel for each
+    data set and split. Returns whether there was anything."""
+    panels = {
+        key: several
+        for key, found in by_data.items()
+        if (several := {name: trend for name, trend in found.items() if trend.seeds > 1})
+    }
+    if not panels:
+        return False
+    figure = Figure(figsize=(1 + 3.6 * len(panels), 4), layout="constrained")
+    for axes, ((data, split), found) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for index, (name, trend) in enumerate(found.items()):
+            axes.errorbar(
+                [arm.iterations + 0.06 * (index - 1) for arm in SERIES[name]],
+                [100 * difference.mean for difference in trend.differences],
+                yerr=[100 * difference.half for difference in trend.differences],
+                fmt="o-",
+                markersize=4,
+                capsize=2,
+                color=f"C{list(SERIES).index(name)}",
+                label=name,
+            )
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set(xlabel="iterations", title=f"{data}, {split}")
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set(ylabel="loss against the mixture of the series, %\n(below 0 is better)")
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return True
 

@@ -27,6 +27,7 @@ from benchmarks.paper.analysis import (
     Evidence,
     Finding,
     Standing,
+    Trend,
     peak_memory,
     standard_error,
 )
@@ -35,7 +36,9 @@ from benchmarks.paper.experiments import (
     EXPERIMENTS,
     NORM_AND_SCALE,
     OFFICIAL,
+    PREDICTIONS,
     REFERENCE,
+    SERIES,
     Arm,
     Contrast,
     Experiment,
@@ -44,11 +47,19 @@ from benchmarks.paper.experiments import (
     paper_loss,
     twelfths,
 )
-from benchmarks.paper.plots import plot_differences, plot_experiment, plot_ladder, plot_standings, read_paper_curves
+from benchmarks.paper.plots import (
+    plot_differences,
+    plot_experiment,
+    plot_ladder,
+    plot_standings,
+    plot_trends,
+    read_paper_curves,
+)
 from benchmarks.paper.runs import (
     COMMON_OPTIONS,
     LADDER_EXPERIMENTS,
     SCALES,
+    SERIES_EXPERIMENTS,
     STABILISED_EXPERIMENTS,
     Run,
     mean_loss,
@@ -292,6 +303,51 @@ def stabilised_summary(evidence: Evidence, folder: Path, root: Path) -> list[str
     return [*lines, NOT_TRIED, ""]
 
 
+def trends_by_data(evidence: Evidence) -> dict[tuple[str, str], dict[str, Trend]]:
+    """By the names of data and split, and of a series of models that cost the same, what more iterations do to it."""
+    found: dict[tuple[str, str], dict[str, Trend]] = {}
+    for (name, arms), (data, about) in product(SERIES.items(), evidence.scale.data.items()):
+        arms = [replace(arm, data=data) for arm in arms]
+        splits = (run := evidence.any_run(arms[0])) and run["held_out"]
+        for split in splits or ():
+            if trend := evidence.trend(arms, split):
+                found.setdefault((about.name, split), {})[name] = trend
+    return found
+
+
+def more_iterations(evidence: Evidence, folder: Path, root: Path) -> list[str]:
+    """Whether more iterations pay where experts cost the same, with a plot in `folder`."""
+    by_data, image = trends_by_data(evidence), folder / "iterations.png"
+    is_predicted = evidence.scale.names == SERIES_EXPERIMENTS
+    if not by_data:
+        return ["No series of models has runs of one seed yet.", ""]
+    counts = sorted({arm.iterations for arms in SERIES.values() for arm in arms})
+    rows = []
+    for (data, split), found in by_data.items():
+        for name, trend in found.items():
+            losses = dict(zip((arm.iterations for arm in SERIES[name]), trend.losses, strict=True))
+            told = f"**{trend.verdict}**" if is_predicted and (name, split) in PREDICTIONS else "-"
+            cells = (number(losses.get(count)) for count in counts)
+            rows.append([name, data, split, *cells, percent(trend.slope), told, str(trend.seeds)])
+    lines = [
+        "Held-out losses by number of iterations C, of models whose experts cost the same, means over seeds. `a "
+        "further one`: by how many percent of the models' mean the loss changes with every further iteration, the "
+        "slope of a line through the models of each seed, with the 95 % interval over seeds; negative is better. "
+        + (
+            "`falls`: the verdict on the predictions."
+            if is_predicted
+            else "Looked at after the runs: `more-iterations` asks it again, of other seeds."
+        ),
+        "",
+        *table(
+            ("models", "data", "split", *(f"C = {count}" for count in counts), "a further one", "falls", "seeds"), rows
+        ),
+    ]
+    if plot_trends(by_data, image):
+        lines += [f"![more iterations]({os.path.relpath(image, root)})", ""]
+    return lines
+
+
 def ladder(folder: Path, root: Path) -> list[str]:
     """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved; its
     plots are drawn into `folder`."""
@@ -458,6 +514,8 @@ def claim_row(evidence: Evidence, experiment: Experiment, finding: Finding) -> l
 def learning_rates(evidence: Evidence) -> list[str]:
     """The grid and what was chosen from it."""
     scale = evidence.scale
+    if not scale.is_tuned:
+        return [f"{scale.learning_rates[0]:g} for all models; nothing is tuned here.", ""]
     own = [arm for experiment in scale.experiments for arm in experiment.arms if arm.own_lr]
     if scale.tunes_on_main:
         own = list(dict.fromkeys(replace(arm, data="main") for arm in own))
@@ -823,10 +881,13 @@ POWER = (
 def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[Arm, Curve]) -> list[str]:
     """Everything about a scale; its plots are drawn into `folder`."""
     lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence)]
+    has_series = evidence.scale.names in (STABILISED_EXPERIMENTS, SERIES_EXPERIMENTS)
     if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
         lines += ["### Which model", "", *stabilised_summary(evidence, folder, root)]
-    else:
+    elif not has_series:
         lines += summary(evidence)
+    if has_series:
+        lines += ["### Do more iterations pay?", "", *more_iterations(evidence, folder, root)]
     lines += ["### Claims", "", *claims(evidence)]
     if plot_differences(evidence, folder / "differences.png"):
         lines += [f"![differences]({os.path.relpath(folder / 'differences.png', root)})", ""]
