@@ -74,6 +74,9 @@ GIB = 2**30
 EARLY = 0.4  # of all steps: where one more look at the differences is taken
 ADAMW_BYTES = 16  # of one parameter: weight, gradient and two moments in fp32
 
+# Those that begin with the contrasts of `headline`.
+HEADLINE_EXPERIMENTS = ("figure_3a", "second_data", *LADDER_EXPERIMENTS)
+
 # Published figures: non-embedding parameters in 2**20, GPU memory in GB, and seconds for 1,000 steps.
 PAPER_PARAMETERS = {moe(OFFICIAL): 544.51, coe(OFFICIAL, 2, 8): 544.75, coe(OFFICIAL, 2, 4, experts=47): 412.63}
 PAPER_PARAMETERS |= {moe(OFFICIAL, depth=2): 1089.01, moe(OFFICIAL, depth=3): 1633.52}
@@ -215,7 +218,7 @@ def summary(evidence: Evidence) -> list[str]:
     """The headline in a paragraph, from the figures alone."""
     lines = []
     for experiment in evidence.scale.experiments:
-        if experiment.name not in ("figure_3a", "second_data", *LADDER_EXPERIMENTS):
+        if experiment.name not in HEADLINE_EXPERIMENTS:
             continue
         compared = [evidence.compare(contrast) for contrast in experiment.contrasts]
         if any(finding.differences["steps"] is None for finding in compared):
@@ -244,10 +247,16 @@ NOT_TRIED = (
 )
 
 
+def stabilised_arms(evidence: Evidence) -> list[Arm]:
+    """The models of a scale whose experts cost what those of MoE(11/64) do."""
+    experiments = (each for each in evidence.scale.experiments if each.name in STABILISED_EXPERIMENTS)
+    return [arm for experiment in experiments for arm in experiment.arms]
+
+
 def standings_by_data(evidence: Evidence) -> dict[str, list[Standing]]:
     """By the name of the data, the models of the stabilised experiments beside the plain mixture of equal work and the
     one with the same norm and scale."""
-    arms = [arm for experiment in evidence.scale.experiments for arm in experiment.arms]
+    arms = stabilised_arms(evidence)
     return {
         evidence.scale.data[data].name: evidence.standings(
             [arm for arm in arms if arm.data == data],
@@ -261,7 +270,7 @@ def stabilised_summary(evidence: Evidence, folder: Path, root: Path) -> list[str
     """Every model beside the mixtures it is to beat, the best first: one screen for each data set, and a plot in
     `folder`."""
     by_data, image = standings_by_data(evidence), folder / "models.png"
-    count = len({arm.model for experiment in evidence.scale.experiments for arm in experiment.arms})
+    count = len({arm.model for arm in stabilised_arms(evidence)})
     rivals = [twelfths(1, **options).model.label for options in ({}, NORM_AND_SCALE)]
     lines = [
         "Losses are means over seeds, differences in percent with the 95 % interval of paired ones. `step` and "
@@ -881,12 +890,12 @@ POWER = (
 def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[Arm, Curve]) -> list[str]:
     """Everything about a scale; its plots are drawn into `folder`."""
     lines = [f"## Scale `{evidence.scale.name}`", "", *setting(evidence)]
-    has_series = evidence.scale.names in (STABILISED_EXPERIMENTS, SERIES_EXPERIMENTS)
-    if any(name in STABILISED_EXPERIMENTS for name in evidence.scale.names):
-        lines += ["### Which model", "", *stabilised_summary(evidence, folder, root)]
-    elif not has_series:
+    names = set(evidence.scale.names)
+    if names.intersection(HEADLINE_EXPERIMENTS):
         lines += summary(evidence)
-    if has_series:
+    if names.intersection(STABILISED_EXPERIMENTS):
+        lines += ["### Which model", "", *stabilised_summary(evidence, folder, root)]
+    if names.intersection((*STABILISED_EXPERIMENTS, *SERIES_EXPERIMENTS)):
         lines += ["### Do more iterations pay?", "", *more_iterations(evidence, folder, root)]
     lines += ["### Claims", "", *claims(evidence)]
     if plot_differences(evidence, folder / "differences.png"):
