@@ -919,6 +919,26 @@ class TestReport:
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
         assert report.ladder(tmp_path / "nowhere", tmp_path) == []
 
+    def test_the_answer_comes_first(self, tmp_path, monkeypatch):
+        scale = replace(SCALES["ladder-0.5m"], extends_grid=False)
+        monkeypatch.setitem(SCALES, scale.name, scale)
+        losses = {moe(OFFICIAL): [0.9, 1.9], moe(PRENORM): [1.0, 2.0], coe(OFFICIAL, 2, 4): [1.0, 2.02]}
+        known = finished(losses, rate=scale.learning_rates[0], scale=scale)
+        for entry in known.values():
+            if entry["label"] == f"timing of {coe(OFFICIAL, 2, 4).label}":
+                entry["ratio"] = {"median": 1.25, "q1": 1.2, "q3": 1.3}
+            if entry["label"].startswith("CoE"):
+                entry["peak_memory_above_start"] = 3 * 2**18
+            results.append(results.path_of(scale.name, tmp_path), entry)
+        report.write(tmp_path / "report.md", tmp_path, tmp_path)
+        first, second = re.split(r"^## ", (tmp_path / "report.md").read_text(), flags=re.MULTILINE)[1:3]
+        assert first.startswith("In short") and second.startswith("How to read it")
+        # Differences of -0.1, of 1.5; of 0.1 and 0.12, of 1.4, whose standard error is 0.01, times t(1) = 12.706.
+        assert "| MoE(8/64) inner - MoE(8/64) prenorm | gsm8k | -6.7 ± 0.0 % | 1.00 | 1.00 |" in first
+        assert "| CoE-2(4/64) inner - MoE(8/64) inner | gsm8k | +7.9 ± 9.1 % | 1.25 | 0.75 |" in first
+        assert "| CoE-2(4/64) inner - MoE(8/64) inner | arithmetic | - | 1.25 | - |" in first
+        assert report.in_short(tmp_path / "nowhere") == []
+
     def test_what_the_stabilised_come_to(self, tmp_path):
         scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))
         experiment = scale.experiment("stabilised")
@@ -948,6 +968,16 @@ class TestReport:
             ("| MoE(11/64) prenorm", "1.5000", "1.00", "1.00", "2 |"),
         ]
         assert f"{len(experiment.arms) - 3} models have no runs" in text
+        standing = evidence.standings([chain], [single, normed])[1]
+        assert standing.kind == "chain" and re.search(
+            r"best chain is \*\*CoE-2\(5/64\) prenorm, stabilised\*\*, 1.3550 "
+            r"\(-9.7 ± [\d.]+ % from the plain mixture, step 2.00, peak 1.00\)",
+            report.told_standing(standing),
+        )
+        kinds = {"scalar": "mixture", "held": "other", "loop": "loop", "loop_own": "loop", RENORM: "chain"}
+        for variant, kind in kinds.items():
+            arm = replace(single if variant == "scalar" else chain, variant=variant)
+            assert standing._replace(arm=arm).kind == kind
         without = {
             id: entry for id, entry in known.items() if id not in {run["id"] for run in evidence.runs(normed).values()}
         }

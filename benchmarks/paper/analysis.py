@@ -282,9 +282,12 @@ class Standing(NamedTuple):
     peak: float  # of memory, as a multiple of the first rival's
 
     @property
-    def is_chain(self) -> bool:
-        """Whether it is a chain inside of its layers, and no loop over them or stand-in for one."""
-        return self.arm.iterations > 1 and self.arm.variant in (None, RENORM)
+    def kind(self) -> Literal["mixture", "chain", "loop", "other"]:
+        """A chain iterates inside of its layers and a loop repeats whole layers; stand-ins for a chain are neither."""
+        if self.arm.iterations == 1:
+            return "mixture"
+        kinds = {None: "chain", RENORM: "chain", "loop": "loop", "loop_own": "loop"}
+        return kinds.get(self.arm.variant, "other")
 
 
 def peak_memory(run: Mapping[str, Any]) -> int:

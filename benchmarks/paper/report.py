@@ -37,6 +37,7 @@ from benchmarks.paper.experiments import (
     NORM_AND_SCALE,
     OFFICIAL,
     PREDICTIONS,
+    PRENORM,
     REFERENCE,
     SERIES,
     Arm,
@@ -74,6 +75,7 @@ GIB = 2**30
 EARLY = 0.4  # of all steps: where one more look at the differences is taken
 ADAMW_BYTES = 16  # of one parameter: weight, gradient and two moments in fp32
 
+RUNGS = tuple(name for name, scale in SCALES.items() if scale.names == LADDER_EXPERIMENTS)
 # Those that begin with the contrasts of `headline`.
 HEADLINE_EXPERIMENTS = ("figure_3a", "second_data", *LADDER_EXPERIMENTS)
 
@@ -124,6 +126,64 @@ def pairs_of(experiment: Experiment, difference: Estimate | None) -> str:
     """How many seeds a difference is of, and of how many it is to be."""
     count = difference.count if difference else 0
     return str(count) if count >= experiment.seeds else f"{count} of {experiment.seeds}"
+
+
+# ---- The answer -----------------------------------------------------------------------------------------------------
+
+
+def in_short(folder: Path) -> list[str]:
+    """What a new model gains and pays by each change, and the best of the models whose experts cost the same: one
+    screen, in front of everything else."""
+    lines = []
+    if evidences := list(rungs_with_runs(folder).values()):
+        sizes = [rung_size(evidence, moe(OFFICIAL)) for evidence in evidences]
+        lines += [
+            "What a model's held-out loss differs by from another's of equal routed FLOPs and steps, in percent, with "
+            "the 95 % interval over seeds; below zero the first is better. `step` and `peak`: time of its training "
+            "step and peak memory at the first size, as multiples of the other's.",
+            "",
+            *table(("difference", "data", *sizes, "step", "peak"), changes_of_models(evidences)),
+        ]
+    stabilised = SCALES["stabilised"]
+    if found := results.load(results.path_of(stabilised.name, folder)):
+        for data, standings in standings_by_data(Evidence(stabilised, found)).items():
+            best = {each.kind: each for each in reversed(standings)}
+            told = (told_standing(best[kind]) for kind in ("mixture", "chain", "loop") if kind in best)
+            lines += [f"Of models whose experts cost the same (`{stabilised.name}`) on {data}: {'; '.join(told)}.", ""]
+        lines += [NOT_TRIED, ""]
+    return ["## In short", "", *lines] if lines else []
+
+
+def told_standing(standing: Standing) -> str:
+    plain = standing.differences[0]
+    costs = (("step", standing.step), ("peak", standing.peak))
+    about = [f"{percent(plain)} from the plain mixture"] if plain else []
+    about += [f"{name} {number(cost, 2)}" for name, cost in costs]
+    return f"the best {standing.kind} is **{standing.arm.model.label}**, {number(standing.loss)} ({', '.join(about)})"
+
+
+def changes_of_models(evidences: list[Evidence]) -> list[list[str]]:
+    """One change to a model a row and data set: the residual rule, iterations, norm and scale."""
+    inner, prenorm = (moe(rule) for rule in (OFFICIAL, PRENORM))
+    normed = moe(PRENORM, **NORM_AND_SCALE)
+    contrasts = (
+        Contrast(inner, prenorm),
+        Contrast(normed, prenorm),
+        Contrast(coe(OFFICIAL, 2, 4), inner),
+        Contrast(coe(PRENORM, 2, 4), prenorm),
+        Contrast(coe(PRENORM, 3, 2, **NORM_AND_SCALE), normed),
+    )
+    rows = []
+    for contrast, data in product(contrasts, evidences[0].scale.data):
+        arms = [replace(arm, data=data) for arm in (contrast.arm, contrast.against)]
+        cells = [percent(evidence.compare(Contrast(*arms)).relative()) for evidence in evidences]
+        first = evidences[0]
+        costs = [first.cost(arm, "seconds") for arm in arms]
+        peaks = [statistics.fmean(map(peak_memory, runs.values())) for arm in arms if (runs := first.runs(arm))]
+        ratios = [values[0] / values[1] if len(values) == 2 and all(values) else None for values in (costs, peaks)]
+        name = first.scale.data[data].name
+        rows.append([contrast.label, name, *cells, *(number(ratio, 2) for ratio in ratios)])
+    return rows
 
 
 # ---- Sections -------------------------------------------------------------------------------------------------------
@@ -243,7 +303,7 @@ def summary(evidence: Evidence) -> list[str]:
 
 NOT_TRIED = (
     "Not tried: other values of the two numbers, other pairs of options, more than six iterations, more than two "
-    "loops over whole layers, and models or data of another size than this scale's."
+    "loops over whole layers, and these models at other sizes or on other data."
 )
 
 
@@ -281,7 +341,7 @@ def stabilised_summary(evidence: Evidence, folder: Path, root: Path) -> list[str
         if not standings:
             lines += [f"On {data} the models to compare with have no runs.", ""]
             continue
-        first, chain = standings[0], next((each for each in standings if each.is_chain), None)
+        first, chain = standings[0], next((each for each in standings if each.kind == "chain"), None)
         lines.append(
             f"On {data}, with experts of equal FLOPs and equal steps, **{first.arm.model.label}** has the lowest "
             f"loss, {number(first.loss)}."
@@ -357,18 +417,19 @@ def more_iterations(evidence: Evidence, folder: Path, root: Path) -> list[str]:
     return lines
 
 
+def rungs_with_runs(folder: Path) -> dict[str, Evidence]:
+    """By the names of their scales, in the order of the ladder."""
+    loaded = {name: results.load(results.path_of(name, folder)) for name in RUNGS}
+    return {name: Evidence(SCALES[name], found) for name, found in loaded.items() if found}
+
+
 def ladder(folder: Path, root: Path) -> list[str]:
     """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved; its
     plots are drawn into `folder`."""
-    rungs = {name: scale for name, scale in SCALES.items() if scale.names == LADDER_EXPERIMENTS}
-    evidences = {
-        name: Evidence(scale, found)
-        for name, scale in rungs.items()
-        if (found := results.load(results.path_of(name, folder)))
-    }
+    evidences = rungs_with_runs(folder)
     if not evidences:
         return []
-    absent = [name for name in rungs if name not in evidences]
+    absent = [name for name in RUNGS if name not in evidences]
     first = EXPERIMENTS[LADDER_EXPERIMENTS[0]]
     sizes = [rung_size(evidence, first.arms[0]) for evidence in evidences.values()]
     lines = [
@@ -916,6 +977,7 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         "Written by `python -m benchmarks.paper.report` from the JSON lines in `results/`. The rule of the verdicts "
         "was fixed before the runs; the line on divergence was added later.",
         "",
+        *in_short(folder),
         *METHOD.splitlines(),
         "",
         "The rule of the verdicts; the first case that applies decides:",
