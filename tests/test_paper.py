@@ -971,7 +971,8 @@ class TestReport:
         standing = evidence.standings([chain], [single, normed])[1]
         assert standing.kind == "chain" and re.search(
             r"best chain is \*\*CoE-2\(5/64\) prenorm, stabilised\*\*, 1.3550 "
-            r"\(-9.7 ± [\d.]+ % from the plain mixture, step 2.00, peak 1.00\)",
+            r"\(-9.7 ± [\d.]+ % from the plain mixture, \+8.4 ± [\d.]+ % from the normed and scaled mixture, "
+            r"step 2.00, peak 1.00\)",
             report.told_standing(standing),
         )
         kinds = {"scalar": "mixture", "held": "other", "loop": "loop", "loop_own": "loop", RENORM: "chain"}

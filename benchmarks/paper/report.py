@@ -155,10 +155,10 @@ def in_short(folder: Path) -> list[str]:
 
 
 def told_standing(standing: Standing) -> str:
-    plain = standing.differences[0]
-    costs = (("step", standing.step), ("peak", standing.peak))
-    about = [f"{percent(plain)} from the plain mixture"] if plain else []
-    about += [f"{name} {number(cost, 2)}" for name, cost in costs]
+    """A model in a few words, with what it differs by from the plain mixture and from the one with norm and scale."""
+    rivals = zip(("plain", "normed and scaled"), standing.differences, strict=True)
+    about = [f"{percent(difference)} from the {name} mixture" for name, difference in rivals if difference]
+    about += [f"{name} {number(cost, 2)}" for name, cost in (("step", standing.step), ("peak", standing.peak))]
     return f"the best {standing.kind} is **{standing.arm.model.label}**, {number(standing.loss)} ({', '.join(about)})"
 
 
