@@ -906,7 +906,7 @@ class TestReport:
                 entry["split"] = "numbers"
                 entry["exact_match"] = {"numbers": 0.25, "templates": 0.5}
                 results.append(results.path_of(name, tmp_path), entry)
-        text = "\n".join(report.ladder(tmp_path, tmp_path))
+        text = "\n".join(report.ladder(report.load_evidence(tmp_path), tmp_path, tmp_path))
         label = "CoE-3(2/64) prenorm, branch norm, scaled - MoE(8/64) prenorm"
         assert re.search(
             rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(2 of 3\) \| -9.7 ± [\d.]+ % \(2 of 3\) \|", text
@@ -917,7 +917,7 @@ class TestReport:
         assert "**No runs of ladder-128, ladder-2m, ladder-8m.**" in text and "not run" in text
         assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
-        assert report.ladder(tmp_path / "nowhere", tmp_path) == []
+        assert report.ladder(report.load_evidence(tmp_path / "nowhere"), tmp_path, tmp_path) == []
 
     def test_the_answer_comes_first(self, tmp_path, monkeypatch):
         scale = replace(SCALES["ladder-0.5m"], extends_grid=False)
@@ -937,7 +937,7 @@ class TestReport:
         assert "| MoE(8/64) inner - MoE(8/64) prenorm | gsm8k | -6.7 ± 0.0 % | 1.00 | 1.00 |" in first
         assert "| CoE-2(4/64) inner - MoE(8/64) inner | gsm8k | +7.9 ± 9.1 % | 1.25 | 0.75 |" in first
         assert "| CoE-2(4/64) inner - MoE(8/64) inner | arithmetic | - | 1.25 | - |" in first
-        assert report.in_short(tmp_path / "nowhere") == []
+        assert report.in_short(report.load_evidence(tmp_path / "nowhere")) == []
 
     def test_what_the_stabilised_come_to(self, tmp_path):
         scale = replace(SMOKE, names=("stabilised",), learning_rates=(1e-3,))

@@ -362,6 +362,11 @@ class Evidence:
         timing = self.timing(arm)
         return timing and timing["ratio"]["median"]
 
+    def peak(self, arm: Arm) -> float | None:
+        """Peak memory of an arm's training in bytes, the mean over its runs; `None` without any."""
+        peaks = [peak_memory(run) for run in self.runs(arm).values()]
+        return statistics.fmean(peaks) if peaks else None
+
     def pairs(self, contrast: Contrast, measure: str, share: float = 1.0) -> list[tuple[float, float]]:
         """Losses of the arm and of the other, seed by seed, when both have spent what the cheaper one spends in all
         its steps, or in a share of them. Seeds for which one diverged are left out."""
@@ -396,7 +401,7 @@ class Evidence:
         }
         if not all(rival in losses for rival in rivals):
             return []
-        peaks = {arm: statistics.fmean(map(peak_memory, self.runs(arm).values())) for arm in losses}
+        peaks = {arm: self.peak(arm) for arm in losses}
         steps = {arm: self.cost(arm, "seconds") for arm in losses}
         unit = steps[rivals[0]]
         return [

@@ -37,7 +37,6 @@ from benchmarks.paper.experiments import (
     NORM_AND_SCALE,
     OFFICIAL,
     PREDICTIONS,
-    PRENORM,
     REFERENCE,
     SERIES,
     Arm,
@@ -131,25 +130,27 @@ def pairs_of(experiment: Experiment, difference: Estimate | None) -> str:
 # ---- The answer -----------------------------------------------------------------------------------------------------
 
 
-def in_short(folder: Path) -> list[str]:
+def in_short(evidences: Mapping[str, Evidence]) -> list[str]:
     """What a new model gains and pays by each change, and the best of the models whose experts cost the same: one
     screen, in front of everything else."""
     lines = []
-    if evidences := list(rungs_with_runs(folder).values()):
-        sizes = [rung_size(evidence, moe(OFFICIAL)) for evidence in evidences]
+    if rungs := [evidences[name] for name in RUNGS if name in evidences]:
+        sizes = [rung_size(rung, moe(OFFICIAL)) for rung in rungs]
         lines += [
             "What a model's held-out loss differs by from another's of equal routed FLOPs and steps, in percent, with "
             "the 95 % interval over seeds; below zero the first is better. `step` and `peak`: time of its training "
             "step and peak memory at the first size, as multiples of the other's.",
             "",
-            *table(("difference", "data", *sizes, "step", "peak"), changes_of_models(evidences)),
+            *table(("difference", "data", *sizes, "step", "peak"), changes_of_models(rungs)),
         ]
-    stabilised = SCALES["stabilised"]
-    if found := results.load(results.path_of(stabilised.name, folder)):
-        for data, standings in standings_by_data(Evidence(stabilised, found)).items():
+    if stabilised := evidences.get("stabilised"):
+        for data, standings in standings_by_data(stabilised).items():
             best = {each.kind: each for each in reversed(standings)}
             told = (told_standing(best[kind]) for kind in ("mixture", "chain", "loop") if kind in best)
-            lines += [f"Of models whose experts cost the same (`{stabilised.name}`) on {data}: {'; '.join(told)}.", ""]
+            lines += [
+                f"Of models whose experts cost the same (`{stabilised.scale.name}`) on {data}: {'; '.join(told)}.",
+                "",
+            ]
         lines += [NOT_TRIED, ""]
     return ["## In short", "", *lines] if lines else []
 
@@ -162,27 +163,22 @@ def told_standing(standing: Standing) -> str:
     return f"the best {standing.kind} is **{standing.arm.model.label}**, {number(standing.loss)} ({', '.join(about)})"
 
 
-def changes_of_models(evidences: list[Evidence]) -> list[list[str]]:
-    """One change to a model a row and data set: the residual rule, iterations, norm and scale."""
-    inner, prenorm = (moe(rule) for rule in (OFFICIAL, PRENORM))
-    normed = moe(PRENORM, **NORM_AND_SCALE)
-    contrasts = (
-        Contrast(inner, prenorm),
-        Contrast(normed, prenorm),
-        Contrast(coe(OFFICIAL, 2, 4), inner),
-        Contrast(coe(PRENORM, 2, 4), prenorm),
-        Contrast(coe(PRENORM, 3, 2, **NORM_AND_SCALE), normed),
-    )
-    rows = []
-    for contrast, data in product(contrasts, evidences[0].scale.data):
-        arms = [replace(arm, data=data) for arm in (contrast.arm, contrast.against)]
-        cells = [percent(evidence.compare(Contrast(*arms)).relative()) for evidence in evidences]
-        first = evidences[0]
-        costs = [first.cost(arm, "seconds") for arm in arms]
-        peaks = [statistics.fmean(map(peak_memory, runs.values())) for arm in arms if (runs := first.runs(arm))]
-        ratios = [values[0] / values[1] if len(values) == 2 and all(values) else None for values in (costs, peaks)]
-        name = first.scale.data[data].name
-        rows.append([contrast.label, name, *cells, *(number(ratio, 2) for ratio in ratios)])
+def changes_of_models(rungs: list[Evidence]) -> list[list[str]]:
+    """The ladder's contrasts that change one thing, a row for each data set: those of mixtures, and iterating where
+    the residual rule and the options stay."""
+    first, rows = rungs[0], []
+    by_data = zip(*(EXPERIMENTS[name].contrasts for name in LADDER_EXPERIMENTS), strict=True)
+    contrasts = [contrast for of_each in by_data for contrast in of_each]
+    for contrast in sorted(contrasts, key=lambda each: each.arm.iterations):
+        arm, against = contrast.arm, contrast.against
+        is_same_layer = (arm.residual, arm.stabilisers) == (against.residual, against.stabilisers)
+        if arm.iterations > 1 and not is_same_layer:
+            continue
+        cells = [percent(rung.compare(contrast).relative()) for rung in rungs]
+        costs = ((first.cost(each, "seconds"), first.peak(each)) for each in (arm, against))
+        ratios = [ours / theirs if ours and theirs else None for ours, theirs in zip(*costs, strict=True)]
+        data = first.scale.data[arm.data].name
+        rows.append([contrast.label, data, *cells, *(number(ratio, 2) for ratio in ratios)])
     return rows
 
 
@@ -417,16 +413,10 @@ def more_iterations(evidence: Evidence, folder: Path, root: Path) -> list[str]:
     return lines
 
 
-def rungs_with_runs(folder: Path) -> dict[str, Evidence]:
-    """By the names of their scales, in the order of the ladder."""
-    loaded = {name: results.load(results.path_of(name, folder)) for name in RUNGS}
-    return {name: Evidence(SCALES[name], found) for name, found in loaded.items() if found}
-
-
-def ladder(folder: Path, root: Path) -> list[str]:
+def ladder(found: Mapping[str, Evidence], folder: Path, root: Path) -> list[str]:
     """The differences of the ladder's contrasts at every rung that there are runs of, and the problems solved; its
     plots are drawn into `folder`."""
-    evidences = rungs_with_runs(folder)
+    evidences = {name: found[name] for name in RUNGS if name in found}
     if not evidences:
         return []
     absent = [name for name in RUNGS if name not in evidences]
@@ -818,7 +808,7 @@ def cost_row(evidence: Evidence, arm: Arm, runs: list[dict[str, Any]]) -> list[s
         number(statistics.median(run["cpu_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["wall_seconds_per_step"]["median"] for run in runs), 3),
         number(statistics.median(run["tokens_per_second"] for run in runs), 0),
-        number(statistics.fmean(map(peak_memory, runs)) / 2**20, 0),
+        number(evidence.peak(arm) / 2**20, 0),
         number(first["parameters"] * ADAMW_BYTES / 2**20, 0),
     ]
 
@@ -969,15 +959,22 @@ def scale_section(evidence: Evidence, folder: Path, root: Path, paper: Mapping[A
     return lines + models(evidence)
 
 
+def load_evidence(folder: Path) -> dict[str, Evidence]:
+    """The finished runs of every scale that there are any of, in the order of the scales."""
+    loaded = {name: results.load(results.path_of(name, folder)) for name in SCALES}
+    return {name: Evidence(SCALES[name], found) for name, found in loaded.items() if found}
+
+
 def write(output: Path, folder: Path, curves: Path) -> None:
     """Writes the report on all scales that there are runs of."""
+    evidences = load_evidence(folder)
     lines = [
         "# The paper's experiments, re-run",
         "",
         "Written by `python -m benchmarks.paper.report` from the JSON lines in `results/`. The rule of the verdicts "
         "was fixed before the runs; the line on divergence was added later.",
         "",
-        *in_short(folder),
+        *in_short(evidences),
         *METHOD.splitlines(),
         "",
         "The rule of the verdicts; the first case that applies decides:",
@@ -986,11 +983,9 @@ def write(output: Path, folder: Path, curves: Path) -> None:
         "",
     ]
     paper = read_paper_curves(curves)
-    for name, scale in SCALES.items():
-        path = results.path_of(name, folder)
-        if found := results.load(path):
-            lines += scale_section(Evidence(scale, found), path.parent, output.parent, paper)
-    lines += ladder(folder, output.parent)
+    for name, evidence in evidences.items():
+        lines += scale_section(evidence, results.path_of(name, folder).parent, output.parent, paper)
+    lines += ladder(evidences, folder, output.parent)
     lines += power_section(folder)
     lines += arithmetic()
     lines += [
