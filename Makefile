@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Modules are compiled when they are first imported: all of them would take as long as all the rest of an installation.
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # Threads of torch that wait for each other spin for a moment only, or else one busy process stops them all.
 export GOMP_SPINCOUNT ?= 1000
+
+# Tests start hundreds of processes, each of which would compile this package anew where Python may not write what it
+# has compiled, as in many containers.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What has to hold on the oldest release of transformers, and on whatever is out today.
 RELEASE_TESTS := $(patsubst %,tests/test_%.py,attention backbones bad_inputs balancing bias_balancing chain \
