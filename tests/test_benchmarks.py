@@ -295,28 +295,6 @@ def test_dense_sources(tmp_path, capsys):
     assert results["routers"]["zero"]["dead"] == [0.75] * 4
 
 
-def check_adapters(rows: list[dict], tasks: set[str]) -> None:
-    """Every way of training has its figures, and full fine-tuning takes as long as itself."""
-    module = importlib.import_module("benchmarks.adapters")
-    for task in tasks:
-        found = {row["model"]: row for row in rows if row["task"] == task}
-        assert tuple(found) == module.MODELS and found[module.ALL]["ratio"]["median"] == 1
-        for row in found.values():
-            ratios = [one / all for one, all in zip(row["samples"], found[module.ALL]["samples"], strict=True)]
-            assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
-
-
-def test_adapters(tmp_path, capsys):
-    """Memory, for which every model has a process of its own, is measured in `test_gpu.py`."""
-    pytest.importorskip("peft")
-    module = importlib.import_module("benchmarks.adapters")
-    tasks = {"train_step", "decode"}
-    results = module.main(["--size", "tiny", "--quick", "--output", str(tmp_path), "--tasks", *tasks])
-    assert json.loads((tmp_path / "adapters-tiny.json").read_text())["rows"] == results["rows"]
-    assert capsys.readouterr().out == (tmp_path / "adapters-tiny.md").read_text() + "\n"
-    check_adapters(results["rows"], tasks)
-
-
 def test_quantized(tmp_path, capsys):
     """A model of every form with its size, times and predictions; float32 is as fast as itself, and agrees."""
     pytest.importorskip("torchao")

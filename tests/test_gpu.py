@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, measure
 
 from .helpers import ROOT
-from .test_benchmarks import check_adapters, restored  # noqa: F401  programs set the number of threads
+from .test_benchmarks import restored  # noqa: F401  programs set the number of threads
 
 
 pytest.importorskip("stk", reason="stanford-stk is not installed")
@@ -48,6 +48,17 @@ def run_here(command: str, plan: gpu.Plan, seconds: float, log: Path) -> int:
     module, *options = shlex.split(command)
     importlib.import_module(module).main(options)
     return 0
+
+
+def check_adapters(rows: list[dict], tasks: set[str]) -> None:
+    """Every way of training has its figures, and full fine-tuning takes as long as itself."""
+    module = importlib.import_module("benchmarks.adapters")
+    for task in tasks:
+        found = {row["model"]: row for row in rows if row["task"] == task}
+        assert tuple(found) == module.MODELS and found[module.ALL]["ratio"]["median"] == 1
+        for row in found.values():
+            ratios = [one / all for one, all in zip(row["samples"], found[module.ALL]["samples"], strict=True)]
+            assert row["ratio"] == measure.spread(ratios)._asdict() and min(row["samples"]) > 0
 
 
 @pytest.mark.parametrize("name", gpu.STEPS)

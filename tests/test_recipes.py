@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,17 +162,22 @@ def argv(words: list[str]) -> list[str]:
         return [sys.executable, *options]
     if program == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
-    if program == "lm-eval":
-        return [sys.executable, "-c", COMMAND_LINE, *options]
-    module, _, function = SCRIPTS[program].partition(":")
-    return [sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())", *options]
+    assert program == "lm-eval", program
+    return [sys.executable, "-c", COMMAND_LINE, *options]
 
 
 def run_command(words: list[str], folder: Path) -> str:
-    """What it prints."""
+    """What it prints. Programs of this project run here, since importing everything anew takes longer than all the
+    rest."""
+    program, *options = small([uploaded(word) for word in words])
+    if program in SCRIPTS:
+        module, _, function = SCRIPTS[program].partition(":")
+        return run_here(lambda: getattr(import_module(module), function)(options), folder)
+    if program == "python" and options[0].startswith("examples/"):
+        return run_here(lambda: import_module(Path(options[0]).stem).main(options[1:]), folder)
     environment = {"OMP_NUM_THREADS": "1", "COE_CPU_KERNEL": "mm", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        argv(small([uploaded(word) for word in words])),
+        argv([program, *options]),
         cwd=folder,
         env=os.environ | environment | {"HF_MODULES_CACHE": str(folder / "modules")},
         capture_output=True,
@@ -182,10 +188,11 @@ def run_command(words: list[str], folder: Path) -> str:
     return process.stdout
 
 
-def run_python(block: Block, folder: Path) -> str:
-    """What it prints. Here, since importing everything anew takes longer than all the rest."""
+def run_here(program: Callable[[], object], folder: Path) -> str:
+    """What it prints."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(block.code, block.page, "exec"), {})
+        result = program()
+    assert not result, output.getvalue()
     return output.getvalue()
 
 
@@ -215,7 +222,7 @@ def printed(tmp_path_factory) -> Callable[[Block], str]:
             if maker != block and maker.makes & block.reads:
                 run(maker)
         if block.language == "python":
-            return run_python(block, folder)
+            return run_here(lambda: exec(compile(block.code, block.page, "exec"), {}), folder)
         return "".join(run_command(words, folder) for words in block.commands if is_run(" ".join(words)))
 
     return run
