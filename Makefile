@@ -86,7 +86,7 @@ evidence: $(INSTALLED)
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-today $(VENV)-vllm
 
-# Installing keeps one core busy: `make --jobs 2 environments` makes two at once.
+# Installing keeps one core busy: `make --jobs environments` makes all three at once.
 environments: $(INSTALLED) $(VENV)-oldest/.installed $(VENV)-vllm/.installed
 
 # torch comes first and by its exact pin: a range would fetch the newest build with all of CUDA.
