@@ -1,4 +1,4 @@
-"""Runs under torchrun, or alone: a `Trainer` that moves selection biases. Called by `test_bias_balancing.py`."""
+"""Runs in two processes, or alone: a `Trainer` that moves selection biases. Called by `test_bias_balancing.py`."""
 
 import argparse
 from pathlib import Path

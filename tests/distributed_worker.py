@@ -1,4 +1,4 @@
-"""Runs under torchrun: a parallel model against the same model in one process. Called by `test_distributed.py`."""
+"""Runs in two processes: a parallel model against the same model in one process. Called by `test_distributed.py`."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Runs under torchrun: models that FSDP has sharded, against one process. Called by `test_distributed.py`."""
+"""Runs in two processes: models that FSDP has sharded, against one process. Called by `test_distributed.py`."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Runs under torchrun: what a process of a parallel model holds and sends. Called by `test_planning.py`."""
+"""Runs in two processes: what a process of a parallel model holds and sends. Called by `test_planning.py`."""
 
 import argparse
 import gc

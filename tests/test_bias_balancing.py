@@ -8,7 +8,8 @@ from modeling_coe import CoeForSequenceClassification
 from modeling_coe.callbacks import BiasBalancer, BiasBalancingCallback
 from modeling_coe.releases import CHECKPOINTING
 
-from .helpers import enable_checkpointing, random_ids, tiny_config, tiny_model, torchrun
+from .helpers import enable_checkpointing, random_ids, tiny_config, tiny_model
+from .ranks import run_module, run_ranks
 
 
 AUX_FREE = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "aux_loss_alpha": 0.0}
@@ -301,7 +302,7 @@ def test_two_processes_equal_one(tmp_path):
     model.save_pretrained(tmp_path / "model")
     torch.save(data, tmp_path / "data.pt")
     paths = ("--model", tmp_path / "model", "--data", tmp_path / "data.pt", "--output", tmp_path)
-    run = torchrun("tests.bias_worker", *paths, "--batch-size", 2)
+    run = run_ranks(run_module, "tests.bias_worker", *paths, "--batch-size", "2")
     assert run.returncode == 0, run.stdout + run.stderr
     expected = expected_biases(model, data, batch=8)
     for rank in range(2):

@@ -1,18 +1,19 @@
-"""Two processes on loopback (torchrun, gloo) equal one: tensor, expert and sharded data parallel, FSDP and ZeRO-3."""
+"""Two processes on loopback (gloo) equal one: tensor, expert and sharded data parallel, FSDP and ZeRO-3."""
 
 import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import distributed
 
-from .helpers import EXPERTS_BACKENDS, run_isolated, tiny_model, torchrun
+from .helpers import EXPERTS_BACKENDS, run_isolated, tiny_model
+from .ranks import Ranks, run_module, run_ranks
 
 
-def run_layout(models: list[Path], layout: str, backends: tuple[str, ...]) -> subprocess.CompletedProcess:
-    return torchrun("tests.distributed_worker", "--models", *models, "--layout", layout, "--backends", *backends)
+def run_layout(models: list[Path], layout: str, backends: tuple[str, ...]) -> Ranks:
+    options = ("--models", *models, "--layout", layout, "--backends", *backends)
+    return run_ranks(run_module, "tests.distributed_worker", *options)
 
 
 STABILISED = {"iteration_norm": True, "branch_norm": True, "residual_scale": 2.0, "reinject": 0.5}
@@ -53,7 +54,7 @@ def test_tied_embeddings_that_do_not_divide_are_refused():
 def test_native_fsdp2(tmp_path):
     """Tied embeddings in padded shards train like one process, routers stay in float32, and what is saved loads."""
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    run = torchrun("tests.fsdp_worker", "native", tmp_path)
+    run = run_ranks(run_module, "tests.fsdp_worker", "native", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     folders = [tmp_path / "gathered", tmp_path / "distributed"]
     if not (Path(distributed.__file__).parent / "checkpoint.py").exists():
@@ -78,17 +79,17 @@ for folder in folders:
 def test_accelerate_fsdp2(tmp_path):
     """Trains like one process, is saved whole, and casts routers, of which it tells, unless they are units before."""
     pytest.importorskip("accelerate")
-    run = torchrun("tests.fsdp_worker", "accelerate", tmp_path)
+    run = run_ranks(run_module, "tests.fsdp_worker", "accelerate", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Routers are trained with weights in torch.bfloat16" in run.stderr
 
 
 def test_saving_under_fsdp1_is_refused(tmp_path):
-    run = torchrun("tests.fsdp_worker", "FSDP1", tmp_path)
+    run = run_ranks(run_module, "tests.fsdp_worker", "FSDP1", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_deepspeed_zero3(tmp_path):
     pytest.importorskip("deepspeed")
-    run = torchrun("tests.zero3_worker", tmp_path)
+    run = run_ranks(run_module, "tests.zero3_worker", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -34,8 +34,9 @@ from modeling_coe.planning import (
     traffic,
 )
 
-from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model, torchrun
+from .helpers import ROOT, enable_checkpointing, random_ids, tiny_config, tiny_model
 from .planning_worker import peak_bytes
+from .ranks import run_module, run_ranks
 
 
 SHAPE = ROOT / "examples" / "configs" / "coe-7b-a1b.json"
@@ -236,9 +237,8 @@ def test_two_processes(tmp_path):
     sizes = [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}]
     cases = [({"fsdp_mixed_precision": mixed}, each) for mixed in (False, True) for each in sizes]
     cases.append(({}, {"tp_size": 2}))
-    run = torchrun(
-        "tests.planning_worker", "--model", tmp_path, "--layouts", json.dumps([mixed | each for mixed, each in cases])
-    )
+    asked = json.dumps([mixed | each for mixed, each in cases])
+    run = run_ranks(run_module, "tests.planning_worker", "--model", tmp_path, "--layouts", asked)
     assert run.returncode == 0, run.stdout + run.stderr
     reports = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("[{")))
     parameters = model_parameters(config)

@@ -26,7 +26,9 @@ from transformers.distributed import DistributedConfig
 
 from modeling_coe.command_line import InputError
 
+from . import pretrain_worker
 from .helpers import ROOT, random_ids, tiny_config, tiny_model
+from .ranks import run_ranks, run_script
 
 
 IS_NATIVE = "dp_replicate_size" in {each.name for each in fields(DistributedConfig)}
@@ -38,6 +40,7 @@ TRAINING = {"steps": 6, "warmup-steps": 2, "lr": 3e-3, "batch-size": 4, "block-s
 STEPS = [word for name, value in TRAINING.items() for word in (f"--{name}", str(value))]
 STEPS += ["--log-steps", "1", "--eval-steps", "3", "--save-steps", "2"]
 
+SCRIPT = ROOT / "examples" / "pretrain_distributed.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
 
@@ -53,20 +56,6 @@ def shape(tmp_path_factory) -> Path:
 
 def arguments(shape: Path, output_dir: Path, *more: str) -> list[str]:
     return ["--config", str(shape), "--output-dir", str(output_dir), *STEPS, *more]
-
-
-def workers(processes: int, *argv: str) -> tuple[list[int], subprocess.CompletedProcess]:
-    """Exit codes of the processes of a run, and what they printed."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.pretrain_worker", "--processes", str(processes), *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -116,10 +105,9 @@ def one(shape, tmp_path_factory) -> Path:
 def two(shape, tmp_path_factory) -> Path:
     """The run of two processes that torchrun starts, which share everything."""
     folder = tmp_path_factory.mktemp("two")
-    script = str(ROOT / "examples" / "pretrain_distributed.py")
     layout = ("--ep-size", "2", "--micro-batch-size", "1")
     run = subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", "2", script, *arguments(shape, folder, *layout)],
+        [*TORCHRUN, "--nproc_per_node", "2", str(SCRIPT), *arguments(shape, folder, *layout)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -175,19 +163,19 @@ def test_tied_embeddings_stay_one(tmp_path):
     """Of a vocabulary that the processes do not divide, whose shards are padded."""
     tiny_config(vocab_size=261, tie_word_embeddings=True).save_pretrained(tmp_path / "shape")
     pretrain_distributed.main(arguments(tmp_path / "shape", tmp_path / "one"))
-    exit_codes, run = workers(2, *arguments(tmp_path / "shape", tmp_path / "two"))
-    assert exit_codes == [0, 0], run.stderr
+    run = run_ranks(run_script, SCRIPT, *arguments(tmp_path / "shape", tmp_path / "two"))
+    assert run.exit_codes == [0, 0], run.stderr
     assert_same_log(tmp_path / "two", read_log(tmp_path / "one"))
 
 
 @requires_native
 def test_killed_run_goes_on(shape, one, tmp_path):
-    exit_codes, _ = workers(2, "--kill-at", "4", *arguments(shape, tmp_path / "run", "--ep-size", "2"))
-    assert exit_codes[1] == -signal.SIGKILL and exit_codes[0] != 0
+    run = run_ranks(pretrain_worker.train, "4", *arguments(shape, tmp_path / "run", "--ep-size", "2"))
+    assert run.exit_codes[1] == -signal.SIGKILL and run.exit_codes[0] != 0
     assert not (tmp_path / "run" / "model").exists()
     (tmp_path / "run" / "checkpoint-5" / "state").mkdir(parents=True)  # somebody else's
-    exit_codes, run = workers(2, *arguments(shape, tmp_path / "run", "--ep-size", "2", "--resume"))
-    assert exit_codes == [0, 0], run.stderr
+    run = run_ranks(run_script, SCRIPT, *arguments(shape, tmp_path / "run", "--ep-size", "2", "--resume"))
+    assert run.exit_codes == [0, 0], run.stderr
     assert "Resuming at step" in run.stdout
     assert_same_log(tmp_path / "run", read_log(one))
     assert (tmp_path / "run" / "checkpoint-5" / "state").is_dir()
@@ -205,8 +193,8 @@ def test_goes_on_in_four_processes(shape, one, two, tmp_path):
     """Pairs share every layer, and in it every expert, of which DTensor's shards are no rectangles."""
     folder = copy_until(two, 4, tmp_path / "run")
     layout = ("--tp-size", "2")
-    exit_codes, run = workers(4, *arguments(shape, folder, *layout, "--resume"))
-    assert exit_codes == [0] * 4, run.stderr
+    run = run_ranks(run_script, SCRIPT, *arguments(shape, folder, *layout, "--resume"), processes=4)
+    assert run.exit_codes == [0] * 4, run.stderr
     assert "fsdp 2, ep 1, tp 2, replicate 1" in run.stdout
     assert_same_log(folder, read_log(one))
     assert_saved_as_trained(folder)
@@ -314,8 +302,8 @@ def test_bad_input_of_one_of_many_processes(shape, one, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     data = ("--data", str(tmp_path / "bad.jsonl"), "--eval-data", str(tmp_path / "good.jsonl"))
     tokenizer = ("--tokenizer", str(one / "tokenizer"))
-    exit_codes, run = workers(2, *arguments(shape, tmp_path / "out", *data, *tokenizer))
-    assert exit_codes == [1, 1]
+    run = run_ranks(run_script, SCRIPT, *arguments(shape, tmp_path / "out", *data, *tokenizer))
+    assert run.exit_codes == [1, 1]
     assert run.stderr.count("error: ") == 1 and "bad.jsonl has no 'answer' in a row" in run.stderr, run.stderr
 
 

@@ -1,4 +1,4 @@
-"""The training examples under `torchrun`, with gloo: several processes compute what one does, with DDP and with FSDP2,
+"""The training examples in several processes, with gloo. They compute what one does, with DDP and with FSDP2,
 write what one writes, and go on with each other's runs."""
 
 import json
@@ -22,6 +22,7 @@ from modeling_coe import CoeForCausalLM
 from modeling_coe.command_line import InputError
 
 from .helpers import ROOT
+from .ranks import run_ranks, run_script
 from .test_pretrain import has_checkpoint
 
 
@@ -54,17 +55,30 @@ ENGINES = {
 ENGINES["FSDP2 full"] = ENGINES["FSDP2"] | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 
-def start(script: str, engine: str, processes: int, *options: str | Path) -> subprocess.Popen:
+def command(script: str, engine: str, *options: str | Path) -> list[str | Path]:
     through = [] if engine == "DDP" else [ROOT / "tests" / "fsdp_on_cpu.py"]
+    return [*through, ROOT / "examples" / f"{script}.py", *options]
+
+
+def start(script: str, engine: str, processes: int, *options: str | Path) -> subprocess.Popen:
+    """By torchrun, for what happens when a process ends."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launch, *through, ROOT / "examples" / f"{script}.py", *options]
     environment = os.environ | ENGINES[engine] | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*launch, *command(script, engine, *options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def run(script: str, engine: str, processes: int, *options: str | Path, code: int = 0) -> str:
+    """What processes print that end with a code."""
+    words = command(script, engine, *options)
+    ranks = run_ranks(run_script, *words, processes=processes, environment=ENGINES[engine])
+    output = ranks.stdout + ranks.stderr
+    assert ranks.exit_codes == [code] * processes, output
     return output
 
 
@@ -108,7 +122,7 @@ def single(tmp_path_factory, base) -> dict[str, Path]:
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_compute_what_one_does(script, engine, base, single, tmp_path):
-    output = finish(start(script, engine, 2, *options_of(script, base, tmp_path)))
+    output = run(script, engine, 2, *options_of(script, base, tmp_path))
     assert_same_losses(tmp_path, single[script], 1e-4 if script == "sft" else 1e-5)
     assert len(re.findall("held-out loss", output)) == len(re.findall("training speed", output)) == 1
     names = {path.name for path in tmp_path.iterdir()}
@@ -141,7 +155,7 @@ def test_a_killed_run_goes_on(engine, again, base, single, tmp_path):
     assert process.returncode != 0, output
     assert not (tmp_path / "results.json").exists(), "the run ended before it could be killed"
     kept = {path.name for path in tmp_path.glob("checkpoint-*") if (path / "trainer_state.json").exists()}
-    output = finish(start("pretrain", engine, again, *options, "--resume"))
+    output = run("pretrain", engine, again, *options, "--resume")
     assert len(re.findall(r"Resuming at checkpoint-\d+\.|starting at step 0", output)) == 1
     assert kept <= {path.name for path in tmp_path.glob("checkpoint-*")}
     assert_same_losses(tmp_path, single["pretrain"])
@@ -150,11 +164,11 @@ def test_a_killed_run_goes_on(engine, again, base, single, tmp_path):
 def test_finished_training_is_reported_by_other_processes(base, single, tmp_path):
     """All steps are done and nothing was saved; and a run of one process goes on in two."""
     options = options_of("finetune_lora", base, tmp_path)
-    finish(start("finetune_lora", "FSDP2", 2, *options))
+    run("finetune_lora", "FSDP2", 2, *options)
     before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name in ("adapter/adapter_model.safetensors", "results.json"):
         (tmp_path / name).unlink()
-    output = finish(start("finetune_lora", "FSDP2", 1, *options, "--resume"))
+    output = run("finetune_lora", "FSDP2", 1, *options, "--resume")
     assert "nothing was trained" in output
     after = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -169,17 +183,16 @@ def test_refused_once(base, single, tmp_path):
     (line,) = re.findall("^error: .*", output, re.MULTILINE)
     assert line == "error: --batch-size is 4, which 3 processes cannot share equally. Choose a multiple of 3."
 
-    run = single["pretrain"]
-    (run / "results.json").rename(tmp_path / "results.json")
-    (run / "checkpoint-8").rename(tmp_path / "checkpoint-8")
-    files = sorted(run.rglob("*"))
-    process = start("pretrain", "FSDP2", 2, *options_of("pretrain", base, run), "--resume")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and sorted(run.rglob("*")) == files
+    folder = single["pretrain"]
+    (folder / "results.json").rename(tmp_path / "results.json")
+    (folder / "checkpoint-8").rename(tmp_path / "checkpoint-8")
+    files = sorted(folder.rglob("*"))
+    output = run("pretrain", "FSDP2", 2, *options_of("pretrain", base, folder), "--resume", code=1)
+    assert sorted(folder.rglob("*")) == files
     (line,) = re.findall("^error: .*", output, re.MULTILINE)
     assert line.startswith("error: --resume: checkpoint-4 was written with no engine and is read with FSDP.")
     for name in ("results.json", "checkpoint-8"):
-        (tmp_path / name).rename(run / name)
+        (tmp_path / name).rename(folder / name)
 
 
 def test_micro_batches(base, single, tmp_path):

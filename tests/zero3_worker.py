@@ -1,4 +1,4 @@
-"""Runs under torchrun: DeepSpeed ZeRO-3, with its own engine, against one process. Called by `test_distributed.py`."""
+"""Runs in two processes: DeepSpeed ZeRO-3, with its own engine, against one. Called by `test_distributed.py`."""
 
 import argparse
 from pathlib import Path
