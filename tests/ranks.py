@@ -74,13 +74,13 @@ def run_ranks(
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", **(environment or {})}
+    shared |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
     with TemporaryDirectory() as name:
         folder, started = Path(name), []
         for rank in range(processes):
-            own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = os.environ | shared | (environment or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(FORKS.Process(target=_rank, args=(own, folder, program, tuple(map(str, arguments)))))
-            with mock.patch.dict(os.environ, shared):  # the first one starts the server, which imports this checkout
+            with mock.patch.dict(os.environ, shared):  # the first one starts the server: it imports this checkout
                 started[-1].start()
         end = time.monotonic() + timeout
         for process in started:
