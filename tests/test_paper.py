@@ -914,7 +914,7 @@ class TestReport:
         # From 0.1 and 0.21 to -0.1 and -0.19, of 1.5: standard error sqrt(0.00505) / 1.5, times t(1.92) = 4.47.
         assert f"| {label} | -20.0 ± 21.2, cannot tell |" in text
         assert "](ladder.png)" in text and (tmp_path / "ladder.png").stat().st_size > 10_000
-        assert "**No runs of ladder-128, ladder-2m, ladder-8m.**" in text and "not run" in text
+        assert "**No runs of ladder-128, ladder-2m, ladder-512, ladder-8m.**" in text and "not run" in text
         assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
         assert report.ladder(report.load_evidence(tmp_path / "nowhere"), tmp_path, tmp_path) == []

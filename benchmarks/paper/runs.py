@@ -176,7 +176,7 @@ def _shape(
     }
 
 
-def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], **shape: int) -> Scale:
+def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], bf16: bool = False, **shape: int) -> Scale:
     """A rung of the ladder: today's size but for what `shape` says, and a rate that falls to zero, so that every rung
     is a whole training run."""
     common = {"hidden": 64, "heads": 4, "vocab": 1024, "block": 128, "batch": 8, "steps": 500}
@@ -188,6 +188,7 @@ def _rung(name: str, about: str, minutes: float, rates: tuple[float, ...], **sha
         learning_rates=rates,
         data={"main": GSM8K, "second": SOLVED_ARITHMETIC},
         names=LADDER_EXPERIMENTS,
+        bf16=bf16,
         schedule="cosine",
         extends_grid=True,
         minutes=minutes,
@@ -220,7 +221,9 @@ SERIES_NOTE = (
 LADDER_NOTE = (
     "The rate is that of the two baselines together, on GSM8K, of one seed; the grids of the first three rungs begin "
     "where runs of both in bfloat16, on a GPU, were best. Three seeds. GSM8K has 1.7 million tokens: longer training "
-    "reads it several times; the arithmetic problems never repeat."
+    "reads it several times; the arithmetic problems never repeat. Widths 256 and 512 are too much for two CPU cores: "
+    "they are trained on a GPU, by autocast to bfloat16, 256 with the batches of the other rungs and 512 with four "
+    "times as many tokens a step."
 )
 HEADLINE = ("figure_3a", "residual_rules", "own_learning_rates")
 SCALES = {
@@ -315,7 +318,18 @@ SCALES = {
         _rung("0.5m", "0.5 million tokens and width 64", 2.2, (4e-3, 8e-3, 1.6e-2)),
         _rung("128", "width 128", 6.0, (2e-3, 4e-3), hidden=128),
         _rung("2m", "2 million tokens", 8.5, (8e-3, 1.6e-2), steps=2000),
-        _rung("256", "width 256", 20.0, (2e-3, 4e-3), hidden=256),
+        _rung("256", "width 256, on a GPU", 1.0, (1e-3, 2e-3, 4e-3), bf16=True, hidden=256),
+        _rung(
+            "512",
+            "width 512 and 2 million tokens, on a GPU",
+            1.2,
+            (1e-3, 2e-3, 4e-3),
+            bf16=True,
+            hidden=512,
+            heads=8,
+            block=256,
+            batch=16,
+        ),
         _rung("8m", "8 million tokens", 34.0, (4e-3, 8e-3), steps=8000),
     )
 }
