@@ -901,21 +901,19 @@ class TestReport:
         arms = EXPERIMENTS["ladder"].arms
         for name, loss in (("ladder-0.5m", 1.1), ("ladder-256", 0.9)):
             monkeypatch.setitem(SCALES, name, scale := replace(SCALES[name], extends_grid=False))
-            losses = {moe(PRENORM): [1.0, 2.0], arms[-1]: [loss, 2 * loss + 0.01]}
+            losses = {moe(PRENORM): [1.0, 2.0, 1.5], arms[-1]: [loss, 2 * loss + 0.01, 1.5 * loss + 0.005]}
             for entry in finished(losses, rate=scale.learning_rates[0], scale=scale).values():
                 entry["split"] = "numbers"
                 entry["exact_match"] = {"numbers": 0.25, "templates": 0.5}
                 results.append(results.path_of(name, tmp_path), entry)
         text = "\n".join(report.ladder(report.load_evidence(tmp_path), tmp_path, tmp_path))
         label = "CoE-3(2/64) prenorm, branch norm, scaled - MoE(8/64) prenorm"
-        assert re.search(
-            rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(2 of 3\) \| -9.7 ± [\d.]+ % \(2 of 3\) \|", text
-        )
-        # From 0.1 and 0.21 to -0.1 and -0.19, of 1.5: standard error sqrt(0.00505) / 1.5, times t(1.92) = 4.47.
-        assert f"| {label} | -20.0 ± 21.2, cannot tell |" in text
+        assert re.search(rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(3\) \| -9.7 ± [\d.]+ % \(3\) \|", text)
+        # From 0.1, 0.21, 0.155 to -0.1, -0.19, -0.145, of 1.5: standard error sqrt(0.001683) / 1.5, times t(3.85) = 2.82.
+        assert f"| {label} | -20.0 ± 7.7, gains |" in text
         assert "](ladder.png)" in text and (tmp_path / "ladder.png").stat().st_size > 10_000
         assert "**No runs of ladder-128, ladder-2m, ladder-512, ladder-8m.**" in text and "not run" in text
-        assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256 |" in text
+        assert "0.5 M tokens, width 64 | 0.5 M tokens, width 256, bfloat16 |" in text
         assert "| MoE(8/64) prenorm | 25.0 ± 0.0 % | 25.0 ± 0.0 % |" in text
         assert report.ladder(report.load_evidence(tmp_path / "nowhere"), tmp_path, tmp_path) == []
 

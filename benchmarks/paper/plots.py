@@ -252,7 +252,8 @@ def plot_differences(evidence: Evidence, path: Path) -> bool:
 
 def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path: Path) -> bool:
     """What chains differ from mixtures by, with the intervals, against training tokens at the smallest width and
-    against width, hence parameters, at the shortest training. Returns whether there was anything."""
+    against width, hence parameters, at the shortest training; rungs of another training are beside the line. The
+    interval of two seeds says nothing and is left out. Returns whether there was anything."""
     parameters = {
         rung: run["parameters"] / 1e6
         for rung in rungs
@@ -265,31 +266,42 @@ def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path:
     shortest, narrowest = min(million_tokens.values()), min(width.values())
     panels = (
         ("million tokens", {rung: at for rung, at in million_tokens.items() if width[rung] == narrowest}),
-        ("width", {rung: at for rung, at in width.items() if million_tokens[rung] == shortest}),
+        ("width", {rung: at for rung, at in width.items() if million_tokens[rung] == shortest or at != narrowest}),
     )
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     is_empty = True
     for axes, (unit, places) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        beside = {rung for rung in places if width[rung] != narrowest and million_tokens[rung] != shortest}
         for index, contrast in enumerate(experiment.chain_contrasts):
-            shares = [(at, rung.compare(contrast).relative()) for rung, at in places.items()]
-            shares = [(at, share) for at, share in shares if share is not None and share.count > 1]
-            is_empty &= not shares
-            axes.errorbar(
-                # Side by side where intervals would cover each other.
-                [at * 1.03 ** (index - (len(experiment.chain_contrasts) - 1) / 2) for at, _ in shares],
-                [100 * share.mean for _, share in shares],
-                yerr=[100 * share.half for _, share in shares],
-                fmt="o-",
-                markersize=4,
-                capsize=2,
-                label=contrast.label,
-            )
+            for style in ("o-", "s"):
+                shares = [
+                    (at, rung.compare(contrast).relative())
+                    for rung, at in places.items()
+                    if (rung in beside) == (style == "s")
+                ]
+                shares = [(at, share) for at, share in shares if share is not None and share.count > 2]
+                is_empty &= not shares
+                axes.errorbar(
+                    # Side by side where intervals would cover each other.
+                    [at * 1.03 ** (index - (len(experiment.chain_contrasts) - 1) / 2) for at, _ in shares],
+                    [100 * share.mean for _, share in shares],
+                    yerr=[100 * share.half for _, share in shares],
+                    fmt=style,
+                    color=f"C{index}",
+                    markersize=4,
+                    capsize=2,
+                    label=contrast.label if style == "o-" else None,
+                )
         axes.axhline(0, color="black", linewidth=1)
         axes.set_xscale("log")
-        ticks = [f"{at:.3g}\n{parameters[rung]:.1f} M parameters" for rung, at in places.items()]
+        ticks = [
+            f"{at:.3g}\n{parameters[rung]:.1f} M"
+            + (f"\n({million_tokens[rung]:.3g} M tokens)" if rung in beside else "")
+            for rung, at in places.items()
+        ]
         axes.set_xticks(list(places.values()), ticks)
         axes.minorticks_off()
-        axes.set(xlabel=unit)
+        axes.set(xlabel=f"{unit}, parameters below")
         axes.grid(axis="y", alpha=0.3)
     if is_empty:
         return False

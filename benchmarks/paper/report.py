@@ -426,7 +426,8 @@ def ladder(found: Mapping[str, Evidence], folder: Path, root: Path) -> list[str]
         "## The ladder",
         "",
         f"{first.title}. Differences of held-out losses, in percent of the second's, with the 95 % interval and the "
-        "number of seeds in brackets. Columns: tokens, width, parameters of MoE(8/64) inner.",
+        "number of seeds in brackets. Columns: tokens, width, parameters of MoE(8/64) inner; float32 on "
+        "CPUs where not said otherwise.",
         "",
         *([f"**No runs of {', '.join(absent)}.**", ""] if absent else []),
     ]
@@ -458,7 +459,8 @@ def ladder(found: Mapping[str, Evidence], folder: Path, root: Path) -> list[str]
 def rung_size(evidence: Evidence, arm: Arm) -> str:
     scale, run = evidence.scale, evidence.any_run(arm)
     size = f"{scale.training_tokens / 1e6:.1f} M tokens, width {scale.shape['hidden_size']}"
-    return size + (f", {run['parameters'] / 1e6:.1f} M" if run else "")
+    size += f", {run['parameters'] / 1e6:.1f} M" if run else ""
+    return size + (", bfloat16" if scale.bf16 else "")
 
 
 def rung_difference(evidence: Evidence, experiment: Experiment, contrast: Contrast) -> str:

@@ -223,7 +223,7 @@ LADDER_NOTE = (
     "where runs of both in bfloat16, on a GPU, were best. Three seeds. GSM8K has 1.7 million tokens: longer training "
     "reads it several times; the arithmetic problems never repeat. Widths 256 and 512 are too much for two CPU cores: "
     "they are trained on a GPU, by autocast to bfloat16, 256 with the batches of the other rungs and 512 with four "
-    "times as many tokens a step."
+    "times as many tokens a step. Their runs shared the GPU, so no step was timed."
 )
 HEADLINE = ("figure_3a", "residual_rules", "own_learning_rates")
 SCALES = {
