@@ -909,7 +909,7 @@ class TestReport:
         text = "\n".join(report.ladder(report.load_evidence(tmp_path), tmp_path, tmp_path))
         label = "CoE-3(2/64) prenorm, branch norm, scaled - MoE(8/64) prenorm"
         assert re.search(rf"\| {re.escape(label)} \| \+10.3 ± [\d.]+ % \(3\) \| -9.7 ± [\d.]+ % \(3\) \|", text)
-        # From 0.1, 0.21, 0.155 to -0.1, -0.19, -0.145, of 1.5: standard error sqrt(0.001683) / 1.5, times t(3.85) = 2.82.
+        # From 0.1, 0.21, 0.155 to -0.1, -0.19, -0.145, of 1.5: standard error sqrt(0.001683) / 1.5, t(3.85) = 2.82.
         assert f"| {label} | -20.0 ± 7.7, gains |" in text
         assert "](ladder.png)" in text and (tmp_path / "ladder.png").stat().st_size > 10_000
         assert "**No runs of ladder-128, ladder-2m, ladder-512, ladder-8m.**" in text and "not run" in text
