@@ -273,24 +273,22 @@ def plot_ladder(rungs: list[Evidence], experiment: Experiment, title: str, path:
     for axes, (unit, places) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         beside = {rung for rung in places if width[rung] != narrowest and million_tokens[rung] != shortest}
         for index, contrast in enumerate(experiment.chain_contrasts):
-            for style in ("o-", "s"):
-                shares = [
-                    (at, rung.compare(contrast).relative())
-                    for rung, at in places.items()
-                    if (rung in beside) == (style == "s")
-                ]
-                shares = [(at, share) for at, share in shares if share is not None and share.count > 2]
-                is_empty &= not shares
+            shares = {rung: rung.compare(contrast).relative() for rung in places}
+            shares = {rung: share for rung, share in shares.items() if share is not None and share.count > 2}
+            is_empty &= not shares
+            # Side by side where intervals would cover each other.
+            shift = 1.03 ** (index - (len(experiment.chain_contrasts) - 1) / 2)
+            for style, label, rungs_of_style in (("o-", contrast.label, shares.keys() - beside), ("s", None, beside)):
+                drawn = [rung for rung in shares if rung in rungs_of_style]
                 axes.errorbar(
-                    # Side by side where intervals would cover each other.
-                    [at * 1.03 ** (index - (len(experiment.chain_contrasts) - 1) / 2) for at, _ in shares],
-                    [100 * share.mean for _, share in shares],
-                    yerr=[100 * share.half for _, share in shares],
+                    [places[rung] * shift for rung in drawn],
+                    [100 * shares[rung].mean for rung in drawn],
+                    yerr=[100 * shares[rung].half for rung in drawn],
                     fmt=style,
                     color=f"C{index}",
                     markersize=4,
                     capsize=2,
-                    label=contrast.label if style == "o-" else None,
+                    label=label,
                 )
         axes.axhline(0, color="black", linewidth=1)
         axes.set_xscale("log")
